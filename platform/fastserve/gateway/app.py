@@ -1,0 +1,209 @@
+"""The gateway as a server: default deny, in one order, for every request.
+
+raw path -> method -> Host -> key -> body -> model -> fields -> engine. The path is compared as it came over the wire:
+nothing is decoded, joined or normalised, so there is no second spelling of a route. There is no router with
+middlewares either; what is not in the two tables below does not exist.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Callable
+from datetime import UTC, date, datetime
+from random import Random
+
+from aiohttp import hdrs, web
+
+from fastserve.gateway import answers, requests
+from fastserve.gateway.answers import Refusal, bad_request
+from fastserve.gateway.config import Config, Key
+from fastserve.gateway.exchange import Exchange
+from fastserve.gateway.keys import Keyring
+from fastserve.gateway.proxy import Proxy
+from fastserve.gateway.routes import Router
+from fastserve.gateway.server import IDLE_SECONDS, HttpServer, json_answer
+
+BODY_SECONDS = 30.0
+"""A body must be here by then."""
+
+_HOST = re.compile(r"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
+_MODELS = "/v1/models"
+_HEALTH = "/healthz"
+log = logging.getLogger("fastserve.gateway")
+access = logging.getLogger("fastserve.gateway.access")
+
+
+def today_utc() -> date:
+    """The day in UTC."""
+    return datetime.now(UTC).date()
+
+
+class Gateway:
+    """Everything between a client's connection and an engine's."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        random: Random | None = None,
+        today: Callable[[], date] = today_utc,
+        idle_seconds: float = IDLE_SECONDS,
+        body_seconds: float = BODY_SECONDS,
+    ) -> None:
+        self.config = config
+        self._body_seconds = body_seconds
+        self.router = Router(config.models, random or Random())
+        self._keyring = Keyring(config.keys)
+        self._today = today
+        self._proxy = Proxy(self.router)
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._stopping = False
+        self.server = HttpServer(self.handle, idle_seconds)
+
+    def replace(self, config: Config) -> None:
+        """Take new orders; requests that run already go on under the old ones."""
+        self.config = config
+        self.router.models = config.models
+        self._keyring = Keyring(config.keys)
+
+    async def close(self, drain_seconds: float) -> None:
+        """Let running requests end for up to `drain_seconds`; then end them with an error that says why."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=drain_seconds)
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=1.0)
+        await self._proxy.close()
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request, whatever it is; log one line when it is over."""
+        exchange = Exchange(request)
+        task = asyncio.current_task()
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        try:
+            return await self._within_time(exchange)
+        except Refusal as refusal:
+            return await self._refuse(exchange, refusal)
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+            return await self._refuse(exchange, answers.stopping())
+        except ConnectionError:
+            raise  # the client is gone; the server knows what to do
+        except Exception:
+            exchange.status, exchange.code = 500, "internal_error"
+            raise
+        finally:
+            if request.raw_path != _HEALTH:
+                access.info("request", extra={"fields": exchange.line()})
+
+    async def _within_time(self, exchange: Exchange) -> web.StreamResponse:
+        seconds = self.config.read_timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._answer(exchange)
+        except TimeoutError:
+            raise answers.too_slow(seconds) from None
+
+    async def _refuse(self, exchange: Exchange, refusal: Refusal) -> web.StreamResponse:
+        """An error as an answer of its own, or as the last event of a stream that has begun."""
+        exchange.code = refusal.code
+        begun = exchange.response
+        if begun is None:
+            exchange.status = refusal.status
+            response = json_answer(refusal, exchange.headers())
+            if refusal.status in (408, 413):
+                response.force_close()
+            return response
+        begun.force_close()
+        with contextlib.suppress(ConnectionError):
+            await begun.write(refusal.event())
+            await begun.write_eof()
+        return begun
+
+    async def _answer(self, exchange: Exchange) -> web.StreamResponse:
+        request = exchange.request
+        path = request.raw_path.partition("?")[0]
+        endpoint = requests.ENDPOINTS.get(path)
+        if endpoint is None and path not in (_HEALTH, _MODELS) and not path.startswith(_MODELS + "/"):
+            raise Refusal(404, "There is no such route; GET /v1/models lists the models.", code="route_not_found")
+        method = hdrs.METH_GET if endpoint is None else hdrs.METH_POST
+        if request.method != method:
+            words = f"This route takes {method}, not {request.method[:16]}."
+            raise Refusal(405, words, code="method_not_allowed", headers={"Allow": method})
+        if not _HOST.fullmatch(",".join(request.headers.getall(hdrs.HOST, ()))):
+            raise bad_request("The Host header is missing or not a host.", code="invalid_host")
+        if path == _HEALTH:
+            return _json({"status": "ok"}, exchange)
+        key = self._keyring.find(request.headers.getall(hdrs.AUTHORIZATION, ()), self._today())
+        exchange.key = key.name
+        if endpoint is None:
+            return self._models(exchange, key, path)
+        given = requests.parse(await self._body(request))
+        model = self._allowed(exchange, key, requests.model_of(given))
+        if self.config.models[model].task != endpoint.task:
+            words = f"The model '{model}' does {self.config.models[model].task}; it has no {endpoint.path}."
+            raise bad_request(words, "model", "unsupported_endpoint")
+        inward = requests.check(endpoint, given)
+        exchange.ignored = inward.ignored
+        return await self._proxy.answer(exchange, inward)
+
+    def _allowed(self, exchange: Exchange, key: Key, model: str) -> str:
+        if model not in self.config.models or not key.allows(model):
+            raise answers.model_not_found(model)
+        exchange.model = model
+        return model
+
+    def _models(self, exchange: Exchange, key: Key, path: str) -> web.StreamResponse:
+        if path == _MODELS:
+            rows = [self._row(name) for name in sorted(self.config.models) if key.allows(name)]
+            return _json({"object": "list", "data": rows}, exchange)
+        return _json(self._row(self._allowed(exchange, key, path[len(_MODELS) + 1 :])), exchange)
+
+    def _row(self, name: str) -> dict[str, object]:
+        created = self.config.models[name].created
+        return {"id": name, "object": "model", "created": created, "owned_by": "fastserve"}
+
+    async def _body(self, request: web.BaseRequest) -> bytes:
+        """The whole body. Raises Refusal: 413 as soon as it is known to be too long, 415, 408."""
+        if request.content_type != "application/json" and hdrs.CONTENT_TYPE in request.headers:
+            raise Refusal(415, "Send the header 'Content-Type: application/json'.", code="unsupported_media_type")
+        if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+            raise Refusal(415, "Send the body without Content-Encoding.", code="unsupported_media_type")
+        most = self.config.max_body_bytes
+        too_large = Refusal(413, f"The body is longer than {most} bytes.", code="request_too_large")
+        if (request.content_length or 0) > most:
+            raise too_large
+        if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+            await self.server.go_on(request)
+        parts: list[bytes] = []
+        size_bytes = 0
+        try:
+            async with asyncio.timeout(self._body_seconds):
+                async for part in request.content.iter_any():
+                    size_bytes += len(part)
+                    if size_bytes > most:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError:
+            words = f"The body was not here after {self._body_seconds:g} s."
+            raise Refusal(408, words, code="request_timeout") from None
+        except web.RequestPayloadError:
+            raise bad_request("The body is not complete.", code="invalid_body") from None
+        return b"".join(parts)
+
+
+def _json(value: object, exchange: Exchange) -> web.Response:
+    response = web.Response(
+        body=json.dumps(value).encode(), content_type="application/json", headers=exchange.headers()
+    )
+    exchange.begin(response)
+    return response

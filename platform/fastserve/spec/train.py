@@ -1,0 +1,141 @@
+"""The train stage: fine-tune a model, or make one from scratch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fastserve.spec.section import Name, Number, Positive, Section, Whole, wrong_at
+from fastserve.spec.source import SourceRef
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al., 2021, arXiv 2106.09685): only two small matrices a layer are trained."""
+
+    rank: Positive = 16
+    """Rank of the two matrices."""
+
+    alpha: Annotated[Number, Field(gt=0)] = 32
+    """The update is scaled by alpha / rank."""
+
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's input that is dropped in training."""
+
+    targets: list[str] = Field(default_factory=list)
+    """Names of the linear layers that get adapters; empty: all linear layers of the blocks."""
+
+
+class Workers(Section):
+    """A group of equal training workers."""
+
+    profile: Name
+    """Hardware profile of these workers; `local` on a laptop."""
+
+    count: Positive
+    """Workers of this profile."""
+
+    speed: Annotated[Number, Field(gt=0)] | None = None
+    """Relative speed to begin with; measured when left out."""
+
+
+class Elastic(Section):
+    """How far a run may shrink when machines are lost."""
+
+    min_workers: Positive
+    """Fewest workers to go on with."""
+
+
+class Checkpoint(Section):
+    """How often training state is saved, and how much of it is kept."""
+
+    every_steps: Positive = 50
+    """Optimizer steps between checkpoints."""
+
+    keep: Positive = 2
+    """Newest checkpoints kept."""
+
+
+class Train(Section):
+    """How the source is trained. Loss is the sum of token losses over the global number of trained tokens."""
+
+    method: Literal["full", "lora", "qlora", "scratch"] = "lora"
+    """full (all weights), lora (adapters), qlora (adapters on a 4-bit base), scratch (random weights)."""
+
+    dataset: SourceRef
+    """Rows to learn from: chat (`messages`), instruction (`instruction`/`prompt` and
+    `output`/`response`/`completion`) or plain text (`text`); .jsonl, .parquet or .txt."""
+
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
+    """Precision of the computation; the optimizer keeps fp32."""
+
+    epochs: Annotated[Number, Field(gt=0)] | None = None
+    """Passes over the data set; 1 when neither epochs nor steps is given."""
+
+    steps: Positive | None = None
+    """Optimizer steps, instead of epochs."""
+
+    batch_tokens: Positive = 4096
+    """Tokens in one optimizer step, over all workers."""
+
+    max_length: Positive = 2048
+    """Longest sample in tokens; what is beyond is cut. A row without a trained token left is left out and counted."""
+
+    learning_rate: Annotated[Number, Field(gt=0)] = 2e-4
+    """Peak learning rate."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+
+    warmup_steps: Annotated[Whole, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from 0."""
+
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    """Decoupled weight decay (Loshchilov and Hutter, 2019, arXiv 1711.05101)."""
+
+    clip_norm: Annotated[Number, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm; longer gradients are scaled down."""
+
+    seed: Annotated[Whole, Field(ge=0)] = 0
+    """Seed of the data order and of new weights."""
+
+    lora: Lora | None = None
+    """Adapter settings for lora and qlora."""
+
+    workers: Annotated[list[Workers], Field(min_length=1)] = Field(
+        default_factory=lambda: [Workers(profile="local", count=1)]
+    )
+    """Training workers, unequal if need be."""
+
+    elastic: Elastic | None = None
+    """Absent: the run keeps the size it was given."""
+
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    """When training state is saved."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise wrong_at("epochs", "stands beside steps; keep one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_settings_fit_the_method(self) -> Self:
+        if self.lora is not None and self.method not in ("lora", "qlora"):
+            raise wrong_at("lora", f"does not go with method: {self.method}; write method: lora, or remove lora")
+        return self
+
+    @model_validator(mode="after")
+    def _elastic_within_workers(self) -> Self:
+        count = sum(group.count for group in self.workers)
+        if self.elastic is not None and self.elastic.min_workers > count:
+            raise wrong_at(
+                "elastic.minWorkers",
+                f"is {self.elastic.min_workers}, above the {count} workers listed; lower it or add workers",
+            )
+        return self
+
+    @property
+    def worker_count(self) -> int:
+        """Workers over all groups."""
+        return sum(group.count for group in self.workers)

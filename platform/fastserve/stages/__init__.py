@@ -1,0 +1,1 @@
+"""What runs on a worker. The stages do not know each other; they meet through artifacts alone."""

@@ -1,0 +1,131 @@
+"""The home folder: small files replaced whole, one tender at a time."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastserve.cluster.home import Home
+from fastserve.errors import HomeInUse, StoreFailed, UsageInvalid
+from fastserve.plan.observed import Pin
+from fastserve.plan.revision import Revision
+from fastserve.plan.stages import Stage
+from fastserve.spec.load import read
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    found = Home(tmp_path / "home")
+    found.create()
+    return found
+
+
+def model(name: str = "chat"):
+    text = f"apiVersion: fastserve.dev/v1alpha1\nkind: Model\nmetadata: {{name: {name}}}\nspec: {{source: hf://a/b, serve: {{}}}}"
+    return read(text)[0]
+
+
+def revision(key: str = "k") -> Revision:
+    return Revision("chat", Stage.SOURCE, key, "d" * 64, {"task": "generate"})
+
+
+def test_a_model_is_wanted_until_it_is_not(home: Home) -> None:
+    home.want(model(), {"hf://a/b": "1" * 64}, {"key": 2})
+    assert home.model_names() == ["chat"]
+    assert home.model("chat") == model()
+    assert home.resolved("chat") == {"hf://a/b": "1" * 64}
+    assert home.forgiven("chat") == {"key": 2}
+    home.unwant("chat")
+    assert home.model_names() == []
+    assert home.known_models() == ["chat"]
+
+
+def test_a_resolved_digest_is_added_to_the_others(home: Home) -> None:
+    home.want(model(), {"a": "1"}, {})
+    home.set_resolved("chat", "b", "2")
+    assert home.resolved("chat") == {"a": "1", "b": "2"}
+
+
+def test_revisions_are_kept_in_the_order_they_were_made(home: Home) -> None:
+    newer, older = revision("new"), revision("old")
+    home.keep_revision(newer, made_at=200.0)
+    home.keep_revision(older, made_at=100.0)
+    home.keep_revision(older, made_at=300.0)  # keeping again changes nothing
+    assert list(home.revisions("chat")) == [older.digest, newer.digest]
+    assert Revision.from_json(home.revisions("chat")[older.digest]) == older
+
+
+def test_a_pin_holds_until_it_is_taken_away(home: Home) -> None:
+    home.set_pin("chat", Pin("a", "b"))
+    assert home.pin("chat") == Pin("a", "b")
+    home.set_pin("chat", None)
+    home.set_pin("chat", None)
+    assert home.pin("chat") is None
+
+
+def test_what_serves_is_found_again(home: Home) -> None:
+    home.start_serving("chat-1234", revision())
+    home.start_serving("chat-1234", revision())
+    assert home.serving() == {"chat-1234": revision()}
+    home.stop_serving("chat-1234")
+    home.stop_serving("chat-1234")
+    assert home.serving() == {}
+
+
+def test_files_are_closed_to_others(home: Home) -> None:
+    home.write_json("keys.json", [])
+    assert stat.S_IMODE(os.stat(home.path / "keys.json").st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(home.path).st_mode) == 0o700
+    key = home.local_key(lambda: "fs-secret")
+    assert home.local_key(lambda: "fs-other") == key == "fs-secret"
+    assert stat.S_IMODE(os.stat(home.path / "local.key").st_mode) == 0o600
+
+
+def test_a_write_that_fails_leaves_the_old_value(home: Home) -> None:
+    home.write_json("settings.json", {"store": "/old"})
+    with pytest.raises(TypeError):
+        home.write_json("settings.json", {"store": object()})
+    assert home.store_uri == "/old"
+    assert not list(home.path.glob(".new-*"))
+
+
+def test_a_damaged_file_is_named(home: Home) -> None:
+    (home.path / "keys.json").write_text("{")
+    with pytest.raises(StoreFailed, match=r"keys\.json is damaged"):
+        home.read_json("keys.json")
+
+
+def test_a_second_tender_is_refused_while_the_first_lives(home: Home) -> None:
+    code = (
+        "import sys, time\n"
+        "from fastserve.cluster.home import Home\n"
+        f"with Home({str(home.path)!r}).tended(detached=False):\n"
+        "    print('owned', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "owned\n"
+        assert home.tender() == {"pid": other.pid, "detached": False}
+        with pytest.raises(HomeInUse, match=f"process {other.pid}"), home.tended(detached=False):
+            pass
+        other.kill()  # a killed owner leaves its file, but not its lock
+        other.wait()
+        assert home.tender() is None
+        with home.tended(detached=True):
+            assert json.loads((home.path / "up.json").read_text())["detached"] is True
+    assert home.tender() is None
+
+
+def test_a_home_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageInvalid, match="is not a folder"):
+        Home(tmp_path / "file").create()
+
+
+def test_each_home_has_an_id_of_its_own(tmp_path: Path) -> None:
+    assert Home(tmp_path / "a").id == Home(tmp_path / "b" / ".." / "a").id != Home(tmp_path / "b").id

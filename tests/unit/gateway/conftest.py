@@ -1,0 +1,248 @@
+"""A real gateway and small real engines on loopback sockets; every test opens its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import types
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import date
+from random import Random
+from typing import Any
+
+import aiohttp
+import pytest
+import uvloop
+from aiohttp import web
+
+from fastserve.gateway.app import Gateway
+from fastserve.gateway.config import Config, Key, Revision, Served
+from fastserve.gateway.keys import digest
+
+KEY = "fs-" + "k" * 40
+NARROW = "fs-" + "n" * 40
+EXPIRED = "fs-" + "e" * 40
+LAST_DAY = "fs-" + "l" * 40
+TODAY = date(2027, 6, 30)
+EngineHandler = Callable[[web.BaseRequest, dict[str, Any]], Awaitable[web.StreamResponse]]
+
+
+@dataclass
+class Answer:
+    """What a client got."""
+
+    status: int
+    headers: Mapping[str, str]
+    raw: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.raw)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error, after checking that it has exactly the shape of OpenAI's."""
+        body = self.json
+        assert list(body) == ["error"], body
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        assert isinstance(body["error"]["message"], str)
+        assert self.headers["Content-Type"].startswith("application/json")
+        assert self.headers["X-Request-Id"]
+        return dict(body["error"])
+
+
+@dataclass
+class Engine:
+    """A small engine: it remembers what it was asked, and answers as its handler says."""
+
+    handler: EngineHandler
+    url: str = ""
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[Mapping[str, str]] = field(default_factory=list)
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the client of a request went away before its answer was complete."""
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        body = json.loads(await request.read())
+        self.asked.append(body)
+        self.headers.append(request.headers)
+        try:
+            return await self.handler(request, body)
+        except (asyncio.CancelledError, ConnectionError):
+            self.gone.set()
+            raise
+
+
+def event(words: str) -> bytes:
+    return b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n' % words.encode()
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+async def answers_well(request: web.BaseRequest, body: dict[str, Any]) -> web.StreamResponse:
+    """A chat of three tokens, streamed or whole."""
+    if not body.get("stream"):
+        message = {"role": "assistant", "content": "Paris"}
+        usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+        choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+        return web.json_response(
+            {
+                "id": "c",
+                "object": "chat.completion",
+                "created": 1,
+                "model": body["model"],
+                "choices": choices,
+                "usage": usage,
+            }
+        )
+    return await streams(request, [event("The"), event(" capital"), event(" is Paris"), DONE])
+
+
+async def streams(request: web.BaseRequest, pieces: list[bytes], gap_seconds: float = 0.0) -> web.StreamResponse:
+    """Write pieces as they are, one write each."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+    await response.prepare(request)
+    for piece in pieces:
+        await response.write(piece)
+        await asyncio.sleep(gap_seconds)
+    await response.write_eof()
+    return response
+
+
+@dataclass
+class Stand:
+    """A gateway, its engines and a client."""
+
+    gateway: Gateway
+    session: aiohttp.ClientSession
+    stack: contextlib.AsyncExitStack
+    port: int = 0
+
+    async def engine(self, handler: EngineHandler = answers_well) -> Engine:
+        """Start an engine; it serves nothing until a model names it."""
+        engine = Engine(handler)
+        runner = web.ServerRunner(web.Server(engine.handle, handler_cancellation=True), shutdown_timeout=0.1)
+        engine.url = f"http://127.0.0.1:{await listen(runner)}/m/one"
+        self.stack.push_async_callback(runner.cleanup)
+        return engine
+
+    def serve(self, *revisions: Revision, model: str = "chat", task: str = "generate") -> None:
+        """Make `model` answer with these revisions."""
+        models = {**self.gateway.config.models, model: Served(task, 1764000000, revisions)}
+        self.gateway.replace(replace(self.gateway.config, models=models))
+
+    async def one_engine(self, handler: EngineHandler = answers_well, **names: str) -> Engine:
+        engine = await self.engine(handler)
+        self.serve(Revision("a" * 64, 100, (engine.url,)), **names)
+        return engine
+
+    async def ask(
+        self,
+        body: object | None = None,
+        path: str = "/v1/chat/completions",
+        *,
+        method: str = "POST",
+        key: str | None = KEY,
+        headers: Mapping[str, str] | None = None,
+        data: bytes | None = None,
+    ) -> Answer:
+        given = {"Content-Type": "application/json"}
+        if key is not None:
+            given["Authorization"] = f"Bearer {key}"
+        given.update(headers or {})
+        payload = json.dumps(body).encode() if body is not None else data
+        url = f"http://127.0.0.1:{self.port}{path}"
+        async with self.session.request(method, url, data=payload, headers=given) as response:
+            return Answer(response.status, response.headers, await response.read())
+
+    async def raw(self, request: bytes, wait_seconds: float = 2.0) -> bytes:
+        """Send bytes as they are; all that comes until the gateway closes, or falls silent for a moment."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        got = b""
+        try:
+            writer.write(request)
+            writer.write_eof() if not request else None
+            async with asyncio.timeout(wait_seconds):
+                got = await reader.readuntil(b"\r\n\r\n")
+                while piece := await asyncio.wait_for(reader.read(65536), 0.02):
+                    got += piece
+        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+        return got
+
+
+async def listen(runner: web.ServerRunner) -> int:
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port: int = runner.addresses[0][1]
+    return port
+
+
+def chat(**more: Any) -> dict[str, Any]:
+    """The smallest right request, and what a test adds to it."""
+    return {"model": "chat", "messages": [{"role": "user", "content": "hi"}], **more}
+
+
+def usual_config(**more: Any) -> Config:
+    keys = (
+        Key("team", digest(KEY), ("*",)),
+        Key("narrow", digest(NARROW), ("other",)),
+        Key("expired", digest(EXPIRED), ("*",), date(2027, 6, 29)),
+        Key("last-day", digest(LAST_DAY), ("*",), TODAY),
+    )
+    return Config(port=0, keys=keys, drain_seconds=0.2, **more)
+
+
+@contextlib.asynccontextmanager
+async def stand_up(patience: Mapping[str, float], **more: Any) -> AsyncIterator[Stand]:
+    async with contextlib.AsyncExitStack() as stack:
+        gateway = Gateway(usual_config(**more), random=Random(1), today=lambda: TODAY, **patience)
+        runner = web.ServerRunner(gateway.server, shutdown_timeout=0.1)
+        port = await listen(runner)
+        stack.push_async_callback(runner.cleanup)
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        yield Stand(gateway, session, stack, port)
+        await gateway.close(0.0)
+
+
+Scenario = Callable[[Stand], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def play() -> Callable[..., None]:
+    """Run a scenario against a gateway of its own: `play(scenario, **config)`."""
+
+    def run(scenario: Scenario, patience: Mapping[str, float] | None = None, **more: Any) -> None:
+        async def whole() -> None:
+            async with asyncio.timeout(20), stand_up(patience or {}, **more) as stand:
+                await scenario(stand)
+
+        uvloop.run(whole())  # as the process does
+
+    return run
+
+
+@pytest.fixture
+def kit() -> Any:
+    """The names of this module, for tests to build with."""
+    return types.SimpleNamespace(
+        KEY=KEY,
+        NARROW=NARROW,
+        EXPIRED=EXPIRED,
+        LAST_DAY=LAST_DAY,
+        TODAY=TODAY,
+        DONE=DONE,
+        chat=chat,
+        event=event,
+        streams=streams,
+        answers_well=answers_well,
+        usual_config=usual_config,
+        listen=listen,
+    )
