@@ -21,7 +21,7 @@ from typing import cast
 
 import psutil
 import uvloop
-from figure import Figure, above, below
+from tests.bench.figure import Figure, above, below
 
 from fastserve.gateway.config import Config, Key, Revision, Served, write
 from fastserve.gateway.keys import digest, new_key
@@ -39,6 +39,7 @@ class Client(asyncio.Protocol):
     def __init__(self, request: bytes) -> None:
         self._request = request
         self._tail = b""
+        self._end = b""
         self.events = 0
         self.first_seconds = 0.0
         self._started = 0.0
@@ -49,14 +50,15 @@ class Client(asyncio.Protocol):
         self._started = time.perf_counter()
         self._transport.write(self._request)
 
-    def data_received(self, data: bytes) -> None:
-        if not self.first_seconds and b"data:" in data:
+    def data_received(self, fresh: bytes) -> None:
+        if not self.first_seconds and b"data:" in fresh:
             self.first_seconds = time.perf_counter() - self._started
         # Four bytes of what came before: too few to count an event twice, enough to see one that was cut.
-        data = self._tail + data
+        data = self._tail + fresh
         self.events += data.count(b"data:")
         self._tail = data[-4:]
-        if data.endswith(b"\r\n0\r\n\r\n"):
+        self._end = (self._end + fresh)[-7:]
+        if self._end == b"\r\n0\r\n\r\n":
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -1,4 +1,4 @@
-"""A small hub on loopback: the paths of the Hugging Face hub that its client library asks for, with a log of who asked."""
+"""A small hub on loopback: the paths that the hub's client library asks for, and a log of who asked."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ class Hub:
 
     def downloads(self) -> list[str]:
         """Paths of files whose bytes were asked for."""
-        return [asked.path.split("/", 5)[-1] for asked in self.asked if asked.method == "GET" and "/resolve/" in asked.path]
+        return [
+            asked.path.split("/", 5)[-1] for asked in self.asked if asked.method == "GET" and "/resolve/" in asked.path
+        ]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -98,7 +100,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "RevisionNotFound")
             return
         siblings = [_sibling(file, data, self.hub.with_sizes) for file, data in repository.commits[commit].items()]
-        self._send(200, json.dumps({"id": name.removeprefix("datasets/"), "sha": commit, "siblings": siblings}).encode())
+        self._send(
+            200, json.dumps({"id": name.removeprefix("datasets/"), "sha": commit, "siblings": siblings}).encode()
+        )
 
     def _file(self, path: str) -> None:
         name, _, rest = path.partition("/resolve/")

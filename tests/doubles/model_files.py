@@ -25,13 +25,17 @@ CONFIG = {
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
 
-def safetensors(tensors: Mapping[str, Any] | None = None, data_bytes: int | None = None, header: bytes | None = None) -> bytes:
+def safetensors(
+    tensors: Mapping[str, Any] | None = None, data_bytes: int | None = None, header: bytes | None = None
+) -> bytes:
     """A file of float32 zeros. tensors: entries of the header; header: its very text; data_bytes: bytes behind it."""
     if tensors is None:
         tensors = {"embed": {"dtype": "F32", "shape": [6, 8], "data_offsets": [0, 192]}}
     text = json.dumps(tensors).encode() if header is None else header
     if data_bytes is None:
-        data_bytes = max((entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"), default=0)
+        data_bytes = max(
+            (entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"), default=0
+        )
     return struct.pack("<Q", len(text)) + text + b"\0" * data_bytes
 
 
@@ -39,7 +43,15 @@ def tokenizer() -> dict[str, Any]:
     """A tokenizer.json of six tokens; `<|im_end|>` is 2."""
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "ab"]
     special = [
-        {"id": n, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        {
+            "id": n,
+            "content": word,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for n, word in enumerate(words[:3])
     ]
     model = {"type": "BPE", "vocab": {word: n for n, word in enumerate(words)}, "merges": [["a", "b"]]}
@@ -84,7 +96,9 @@ def _typed(value: Any) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", STRING) + text(value)
     kind = {str: STRING, int: INT32, float: FLOAT32}[type(value[0])]
-    items = b"".join(text(item) if kind == STRING else struct.pack("<i" if kind == INT32 else "<f", item) for item in value)
+    items = b"".join(
+        text(item) if kind == STRING else struct.pack("<i" if kind == INT32 else "<f", item) for item in value
+    )
     return struct.pack("<IIQ", ARRAY, kind, len(value)) + items
 
 
@@ -95,7 +109,12 @@ def gguf(metadata: Mapping[str, Any], tensors: Mapping[str, tuple[list[int], int
     head += b"".join(entry(key, value) for key, value in metadata.items())
     end = 0
     for name, (shape, offset) in tensors.items():
-        head += text(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape) + struct.pack("<IQ", 0, offset)
+        head += (
+            text(name)
+            + struct.pack("<I", len(shape))
+            + struct.pack(f"<{len(shape)}Q", *shape)
+            + struct.pack("<IQ", 0, offset)
+        )
         size = 4
         for length in shape:
             size *= length

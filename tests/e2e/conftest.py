@@ -28,7 +28,9 @@ class Laptop:
     def __init__(self, folder: Path) -> None:
         self.home = Home(folder)
 
-    def run(self, *arguments: str, expect: int = 0, seconds: float = 900, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, expect: int = 0, seconds: float = 900, **env: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end; its exit code must be `expect`."""
         done = subprocess.run(
             [COMMAND, *arguments, *self._home_option(arguments)],

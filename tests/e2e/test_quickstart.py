@@ -61,7 +61,9 @@ def test_without_a_key_nothing_answers(shared_laptop: Laptop, first: str) -> Non
     shared_laptop.until(lambda: httpx.get(f"{url}/models", headers=headers).status_code == 200, "the key opens", 10)
     assert [model["id"] for model in httpx.get(f"{url}/models", headers=headers).json()["data"]] == ["quickstart"]
     shared_laptop.run("keys", "revoke", "team")
-    shared_laptop.until(lambda: httpx.get(f"{url}/models", headers=headers).status_code == 401, "the key is revoked", 10)
+    shared_laptop.until(
+        lambda: httpx.get(f"{url}/models", headers=headers).status_code == 401, "the key is revoked", 10
+    )
 
 
 def test_no_prompt_is_in_a_log(shared_laptop: Laptop, first: str) -> None:

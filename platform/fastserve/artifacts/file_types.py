@@ -138,6 +138,10 @@ def choose(paths: Sequence[str], role: Role, source: str, remote: bool = False) 
         if not wanted:
             raise SourceInvalid(f"{source}: holds no file of rows; it needs {_listed(DATA_TYPES)}")
         return sorted(wanted)
+    if role == "adapter" and "adapter_config.json" not in wanted:
+        raise SourceInvalid(
+            f"{source}: is no adapter: it has no adapter_config.json; save it with peft's save_pretrained"
+        )
     if ".safetensors" in kinds:
         return sorted(
             path for path in wanted if not path.lower().endswith(".gguf") and not _is_second_copy(path, wanted)

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote
 
-from fastserve.artifacts.file_types import check_name, choose, regular_files
+from fastserve.artifacts.file_types import allowed_types, check_name, choose, regular_files
 from fastserve.artifacts.record import FileEntry, digest_of_files
 from fastserve.artifacts.resolved import Resolved, SourceFile, Tick, copy_checked, read_head
 from fastserve.errors import SourceInvalid, SourceNotFound
@@ -59,9 +59,16 @@ class FolderSource:
         return read_head(Path(file.at), size_bytes)
 
     def place(self, resolved: Resolved) -> Path | None:
-        """The files themselves."""
+        """The file or the folder itself, unless the folder holds more than what was chosen from it."""
         first = resolved.files[0]
-        return Path(first.at) if resolved.single else Path(first.at.removesuffix(first.path))
+        if resolved.single:
+            return Path(first.at)
+        root = Path(first.at.removesuffix(first.path))
+        if any(letter in self._uri for letter in _PATTERN) and not self._local().is_dir():
+            return None
+        types = allowed_types(resolved.role)
+        there = {name for name in regular_files(root, self._ident) if Path(name).suffix.lower() in types}
+        return root if there == {file.path for file in resolved.files} else None
 
     def _find(self) -> tuple[Path, list[str], bool]:
         """Folder, paths below it, and whether it is a single file."""
@@ -79,11 +86,7 @@ class FolderSource:
     def _local(self) -> Path:
         text = self._uri
         if text.startswith("file://"):
-            text = text.removeprefix("file://").removeprefix("localhost")
-            if not text.startswith("/"):
-                raise SourceNotFound(
-                    f"{self._ident}: names the host '{text.partition('/')[0]}'; write three slashes: file:///path"
-                )
+            text = text.removeprefix("file://")
             if "%" in text and not Path(text).exists():
                 text = unquote(text)
         return self._base / Path(text).expanduser()

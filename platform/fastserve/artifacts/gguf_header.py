@@ -139,7 +139,7 @@ class GgufHeader:
         return value
 
 
-class Truncated(Exception):  # noqa: N818 - never leaves this package
+class Truncated(Exception):
     """The bytes at hand end inside the header."""
 
 

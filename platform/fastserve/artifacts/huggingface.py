@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -43,8 +44,6 @@ def parse_address(source: Source, role: Role) -> Address:
     """Read an hf:// address. Raises SourceInvalid that shows the form."""
     ident = ident_of(source)
     body, _, revision = source.uri.removeprefix("hf://").partition("@")
-    if revision and source.revision and revision != source.revision:
-        raise SourceInvalid(f"{ident}: names the revision twice, '{revision}' and '{source.revision}'; keep one")
     revision = revision or source.revision or "main"
     parts = [part for part in body.split("/") if part]
     kind = "dataset" if role == "data" else "model"
@@ -105,7 +104,8 @@ class HubSource:
         """Download into the hub's cache, where other tools find it too, and copy from there."""
         from huggingface_hub import hf_hub_download
 
-        with self._errors(StageFailed):
+        counter = _Counter(tick, file.size_bytes)
+        with self._errors(SourceNotFound if self._offline else StageFailed):
             cached = hf_hub_download(
                 self._address.repository,
                 file.at,
@@ -115,9 +115,11 @@ class HubSource:
                 endpoint=self._endpoint,
                 token=self._token.reveal() if self._token else False,
                 local_files_only=self._offline,
-                tqdm_class=_silent(),
+                tqdm_class=counter.bar(),
             )
-        copy_checked(Path(cached), file, target, tick)
+        copy_checked(Path(cached), file, target, lambda size_bytes: None)
+        counter.finish()
+        self._remember_revision()
 
     def head(self, file: SourceFile, size_bytes: int) -> bytes:
         """First bytes of a file, by a range request; a server that ignores the range is cut off."""
@@ -170,6 +172,21 @@ class HubSource:
             )
         return commit, files
 
+    def _remember_revision(self) -> None:
+        """Note in the cache which commit a branch was, for offline use: files are asked for by commit."""
+        revision = self._address.revision
+        note = self._cache() / "refs" / revision
+        if self._offline or _COMMIT.fullmatch(revision) or (note.is_file() and note.read_text() == self._commit):
+            return
+        note.parent.mkdir(parents=True, exist_ok=True)
+        temporary = note.with_name(f"{note.name}.{os.getpid()}.{threading.get_ident()}")
+        temporary.write_text(self._commit)
+        os.replace(temporary, note)
+
+    def _cache(self) -> Path:
+        """The repository's folder in the cache: huggingface.co/docs/huggingface_hub/guides/manage-cache."""
+        return cache_folder(os.environ) / f"{self._address.kind}s--{self._address.repository.replace('/', '--')}"
+
     def _size(self, file: SourceFile) -> int:
         """Bytes of a file, asked for alone where the hub's listing has no sizes."""
         if file.size_bytes != _UNKNOWN:
@@ -203,8 +220,8 @@ class HubSource:
         return snapshot.name, files
 
     def _snapshot(self, revision: str) -> Path:
-        """The cache's folder of a revision: huggingface.co/docs/huggingface_hub/guides/manage-cache."""
-        repository = cache_folder(os.environ) / f"{self._address.kind}s--{self._address.repository.replace('/', '--')}"
+        """The cache's folder of a revision."""
+        repository = self._cache()
         commit = revision
         if not _COMMIT.fullmatch(revision):
             with contextlib.suppress(OSError):
@@ -290,12 +307,35 @@ def _matches(name: str, pattern: str) -> bool:
     )
 
 
-def _silent() -> type[Any]:
-    """A progress bar that prints nothing: ours shows the progress."""
-    from huggingface_hub.utils.tqdm import tqdm
+class _Counter:
+    """Hands on what the hub's library would show in a progress bar, and never more than the file's size."""
 
-    class Silent(tqdm):
-        def __init__(self, *args: Any, **settings: Any) -> None:
-            super().__init__(*args, **{**settings, "disable": True})  # type: ignore[no-untyped-call]
+    def __init__(self, tick: Tick, size_bytes: int) -> None:
+        self._tick = tick
+        self._left_bytes = size_bytes
 
-    return Silent
+    def add(self, size_bytes: float) -> None:
+        """So many bytes more have come."""
+        step = min(int(size_bytes), self._left_bytes)
+        if step > 0:
+            self._left_bytes -= step
+            self._tick(step)
+
+    def finish(self) -> None:
+        """The file is there, from wherever it came."""
+        self.add(self._left_bytes)
+
+    def bar(self) -> type[Any]:
+        """A progress bar for the library that prints nothing."""
+        from huggingface_hub.utils.tqdm import tqdm
+
+        add = self.add
+
+        class Silent(tqdm):
+            def __init__(self, *args: Any, **settings: Any) -> None:
+                super().__init__(*args, **{**settings, "disable": True})  # type: ignore[no-untyped-call]
+
+            def update(self, n: float | None = 1) -> None:
+                add(n or 0)
+
+        return Silent

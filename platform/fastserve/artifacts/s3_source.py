@@ -34,10 +34,6 @@ class S3Source:
         self._token_secret = source.token_secret
         self._bucket, _, self._path = source.uri.removeprefix("s3://").partition("/")
         self._made: S3Client | None = None
-        if source.revision:
-            raise SourceInvalid(
-                f"{self._ident}: an s3:// source has no revision; it is pinned by its ETags, remove 'revision'"
-            )
 
     def resolve(self, digest: str | None = None) -> Resolved:
         """List the objects and their ETags."""

@@ -7,6 +7,8 @@ brings everything. Each file's name, type and first bytes are checked before any
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +44,7 @@ def resolve(
     """
     opened = _open(source, role, base, digest_cache)
     resolved = opened.resolve()
-    if opened.place(resolved) is not None:
+    if resolved.scheme in ("file", "package"):
         for file in resolved.files:
             check_content(Path(file.at), file.path, resolved.ident)
         if role != "data":
@@ -82,22 +84,31 @@ def fetch(
 def outline(source: Source, resolved: Resolved, into: Path, *, base: Path | None = None) -> Path:
     """What a plan needs of a model: like `fetch`, but large files have only their heads and take no space.
 
-    A source on this machine is not copied: its own place is returned, so do not write there.
+    into: a folder that is made, or replaced, in one step. A source on this machine is not copied as long as its
+    folder holds
+    nothing else: its own place is returned, so do not write there.
     """
     opened = _open(source, resolved.role, base, None)
     place = opened.place(resolved)
     if place is not None:
         return place
     opened.resolve(resolved.digest)
+    part = into.with_name(f"{into.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
     small = tuple(file for file in resolved.files if not file.path.lower().endswith(_WEIGHTS))
-    _bring(opened, resolved, small, into, None)
-    for file in resolved.files:
-        if file not in small:
-            target = into / file.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            head = _safetensors_head if file.path.lower().endswith(".safetensors") else _gguf_head
-            sparse(head(opened, file), file.size_bytes, target)
-    check_model_files({file.path: into / file.path for file in resolved.files}, resolved.ident)
+    try:
+        _bring(opened, resolved, small, part, None)
+        for file in resolved.files:
+            if file not in small:
+                target = part / file.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                head = _safetensors_head if file.path.lower().endswith(".safetensors") else _gguf_head
+                sparse(head(opened, file), file.size_bytes, target)
+        check_model_files({file.path: part / file.path for file in resolved.files}, resolved.ident)
+        shutil.rmtree(into, ignore_errors=True)  # what an interrupted call left there
+        part.rename(into)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return into / resolved.files[0].path if resolved.single else into
 
 

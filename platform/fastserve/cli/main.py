@@ -12,8 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from fastserve import __version__
 from fastserve.cli import chat as chat_command
@@ -23,8 +23,23 @@ from fastserve.cli import up as up_command
 from fastserve.cluster.home import Home
 from fastserve.errors import FastServeError
 
+INTERRUPTED = 130
+
+
+class Commands(TyperGroup):
+    """The commands, of which each may be interrupted with the exit code that shells expect."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+
+
 app = typer.Typer(
     name="fastserve",
+    cls=Commands,
     help="One Model manifest takes a language model from data to an endpoint: train, compress, evaluate, serve.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -190,24 +205,19 @@ def run(arguments: list[str]) -> int:
         for before, argument in zip(["", *arguments], arguments, strict=False)
     )
     try:
-        result: Any = app(args=arguments, standalone_mode=False)
+        app(args=arguments)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
     except FastServeError as error:
         if os.environ.get("FASTSERVE_DEBUG"):
             render.err.print_exception()
         render.error(error, as_json_too=wants_json)
         return error.exit_code
-    except click.exceptions.Abort:
-        return 130
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         # Whoever read our output has gone; that is not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return result if isinstance(result, int) else 0
+    return 0
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def rollback(home: Home, name: str, revision: str | None, as_json: bool) -> None
     """Pin an earlier revision and wait until it has the traffic."""
     cluster = LocalCluster(home)
     if home.tender() is None:
-        raise UsageInvalid(f"nothing is up in {home.path}; run `fastserve up FILE --detach` first")
+        raise UsageInvalid(f"{name} is not up, nor is anything in {home.path}; run `fastserve up FILE --detach` first")
     beat = cluster.look(name)
     wanted = wanted_revision(beat.model, beat.observed, keys.stage_keys(beat.model, beat.observed.digests))
     target = _target(home, name, revision, beat.observed.weights)

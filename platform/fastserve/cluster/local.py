@@ -137,6 +137,8 @@ class LocalCluster:
         self._say(move.because)
         endpoint = self.head.start()
         request = move.request
+        if request.attempt > 1:  # what the one before left is of no use to anybody; its checkpoints stay
+            attempts.discard(self.store, request.stage, request.key, request.attempt - 1)
         attempts.claim(self.store, request)
         entrypoint = [
             sys.executable, "-m", "fastserve.stages.entry", "--store", self.home.store_uri,

@@ -36,6 +36,12 @@ START_TRIES = 3
 START_SECONDS = 90.0
 """Longest wait for one try; 8 s is usual on two idle cores, the rest is for a machine that is busy."""
 
+STOP_SECONDS = 8.0
+"""How long processes may take to end by themselves, so that a stage can remove its scratch folder."""
+
+LEFTOVER_SECONDS = 2.0
+"""The same for what is left of a head that died; most of it waits for a head that will not come back."""
+
 OBJECT_STORE_BYTES = 200_000_000
 """Room for objects that tasks hand to each other. Weights and rows never go this way, so it stays small."""
 
@@ -119,12 +125,12 @@ class RayHead:
         self._make_token()
         reasons = []
         for _ in range(START_TRIES):
-            self.stop()  # also what a killed command left half-started
+            self._clear(LEFTOVER_SECONDS)  # what a killed command left half-started, or a head that died
             try:
                 return self._start_once()
             except ClusterFailed as error:
                 reasons.append(str(error))
-        self.stop()
+        self._clear(LEFTOVER_SECONDS)
         raise ClusterFailed(
             f"the Ray head did not start in {START_TRIES} tries: {reasons[-1]}; see {self._log_path}, "
             "and run `fastserve up` again when the machine is less busy"
@@ -132,8 +138,11 @@ class RayHead:
 
     def stop(self) -> None:
         """End every process of the head and of what runs in it, and remove its scratch folder."""
+        self._clear(STOP_SECONDS)
+
+    def _clear(self, grace_seconds: float) -> None:
         self._found = None
-        kill_home(self._home.id, PART)
+        kill_home(self._home.id, PART, grace_seconds)
         saved = self._home.read_json("cluster/ray.json")
         if saved:
             shutil.rmtree(saved["temp_dir"], ignore_errors=True)
@@ -220,6 +229,10 @@ class RayHead:
                 "RAY_prestart_worker_first_driver": "0",
                 "RAY_enable_worker_prestart": "0",
                 "RAY_agent_register_timeout_ms": "400000",
+                # Replicas drain when their application is taken away; stopping the head is the end of all of them.
+                "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+                # How often a replica that cannot start is tried before its application counts as failed; Ray tries 3 times.
+                "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "2",
                 # What a stage may take to clean up after SIGTERM before it is killed; Ray gives 3 s.
                 "RAY_JOB_STOP_WAIT_TIME_S": "20",
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0))),

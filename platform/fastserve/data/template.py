@@ -39,11 +39,11 @@ MAX_RANGE_STEPS = 1_000_000
 _PROBE = "FastServe"
 
 
-class _Budget(Exception):  # noqa: N818 - never leaves this module
+class _Budget(Exception):
     """The template wants to do more work than any real one."""
 
 
-class _Refusal(Exception):  # noqa: N818 - never leaves this module
+class _Refusal(Exception):
     """The template itself refused the messages through raise_exception."""
 
 

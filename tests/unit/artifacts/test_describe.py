@@ -56,7 +56,10 @@ def test_a_model_that_writes_no_text_needs_no_end_token(tmp_path: Path) -> None:
         (["config__json"], r"config\.json"),
         (["model__safetensors"], r"\*\.safetensors"),
         (["tokenizer__json"], r"tokenizer\.json"),
-        (["config__json", "model__safetensors", "tokenizer__json"], r"config\.json and no \*\.safetensors and no tokenizer\.json"),
+        (
+            ["config__json", "model__safetensors", "tokenizer__json"],
+            r"config\.json and no \*\.safetensors and no tokenizer\.json",
+        ),
     ],
 )
 def test_a_folder_that_is_no_model_says_what_is_missing(tmp_path: Path, missing: list[str], named: str) -> None:

@@ -17,7 +17,19 @@ MODEL = ["config.json", "model.safetensors", "tokenizer.json"]
 
 @pytest.mark.parametrize(
     "name",
-    ["pytorch_model.bin", "a/b.pt", "x.pth", "x.pkl", "x.PICKLE", "x.ckpt", "x.pt2", "x.npy", "x.npz", "model.tar", "x.zip"],
+    [
+        "pytorch_model.bin",
+        "a/b.pt",
+        "x.pth",
+        "x.pkl",
+        "x.PICKLE",
+        "x.ckpt",
+        "x.pt2",
+        "x.npy",
+        "x.npz",
+        "model.tar",
+        "x.zip",
+    ],
 )
 @pytest.mark.parametrize("role", ["model", "data", "adapter"])
 def test_a_file_that_may_run_code_when_loaded_is_refused_by_name(name: str, role: str) -> None:
@@ -41,7 +53,10 @@ def test_harmless_files_stay_where_they_are() -> None:
 def test_the_same_weights_in_another_layout_stay_out() -> None:
     names = [*MODEL, "consolidated.safetensors", "original/consolidated.00.safetensors", "original/params.json"]
     assert choose(names, "model", "x") == MODEL
-    assert choose(["config.json", "consolidated.safetensors"], "model", "x") == ["config.json", "consolidated.safetensors"]
+    assert choose(["config.json", "consolidated.safetensors"], "model", "x") == [
+        "config.json",
+        "consolidated.safetensors",
+    ]
 
 
 def test_a_folder_of_several_gguf_files_asks_for_one() -> None:
@@ -53,6 +68,15 @@ def test_a_folder_of_several_gguf_files_asks_for_one() -> None:
 def test_a_folder_without_weights_says_what_is_missing() -> None:
     with pytest.raises(SourceInvalid, match=r"no weights; a model needs \*\.safetensors, tokenizer\.json"):
         choose(["config.json", "README.md"], "model", "x")
+
+
+def test_an_adapter_needs_its_configuration() -> None:
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    assert choose(names, "adapter", "x") == names
+    with pytest.raises(SourceInvalid, match=r"no adapter_config\.json"):
+        choose(MODEL, "adapter", "x")
+    with pytest.raises(SourceInvalid, match=r"needs adapter_config\.json and adapter_model\.safetensors"):
+        choose(["adapter_config.json"], "adapter", "x")
 
 
 def test_a_data_set_consists_of_rows_only() -> None:
@@ -82,7 +106,9 @@ def test_a_name_that_means_something_else_in_an_address_is_refused_from_afar_onl
     assert check_name(path, "x") == path
 
 
-@pytest.mark.parametrize(("one", "other"), [("A.json", "a.json"), ("stra\u00dfe.txt", "STRASSE.txt"), ("\u00e9.txt", "e\u0301.txt")])
+@pytest.mark.parametrize(
+    ("one", "other"), [("A.json", "a.json"), ("stra\u00dfe.txt", "STRASSE.txt"), ("\u00e9.txt", "e\u0301.txt")]
+)
 def test_two_names_that_are_one_elsewhere_are_refused(one: str, other: str) -> None:
     with pytest.raises(SourceInvalid, match="one file where case is ignored"):
         check_collisions([one, other], "x")
@@ -95,7 +121,9 @@ def _torch_zip() -> bytes:
     return held.getvalue()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "rows.jsonl", "tokenizer.model", "model.gguf", "x.txt"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "rows.jsonl", "tokenizer.model", "model.gguf", "x.txt"]
+)
 @pytest.mark.parametrize(
     ("data", "what"),
     [
@@ -142,7 +170,9 @@ def test_json_that_asks_for_code_is_refused_however_deep(tmp_path: Path, value: 
 
 def test_a_token_that_reads_like_a_setting_is_no_setting(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.write_text(json.dumps({"model": {"vocab": {"auto_map": 7, "trust_remote_code": 8}}, "trust_remote_code": False}))
+    path.write_text(
+        json.dumps({"model": {"vocab": {"auto_map": 7, "trust_remote_code": 8}}, "trust_remote_code": False})
+    )
     check_content(path, "tokenizer.json", "x")
     with pytest.raises(SourceInvalid, match="asks for code"):
         check_content(path, "config.json", "x")

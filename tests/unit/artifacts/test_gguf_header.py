@@ -77,7 +77,9 @@ def test_a_file_with_flipped_bytes_is_read_or_refused_and_nothing_else(tmp_path:
         lambda n: START + struct.pack("<QQQ", 1, 0, n),
         lambda n: START + struct.pack("<QQ", 1, 0) + model_files.text("t") + struct.pack("<IQIQ", 1, 32, 0, n),
         lambda n: START + struct.pack("<QQ", 1, 0) + model_files.text("t") + struct.pack("<IQIQ", 1, n, 0, 0),
-        lambda n: START + struct.pack("<QQ", 1, 0) + model_files.text("t") + struct.pack("<IQQQQ", 4, n, n, n, n) + bytes(12),
+        lambda n: (
+            START + struct.pack("<QQ", 1, 0) + model_files.text("t") + struct.pack("<IQQQQ", 4, n, n, n, n) + bytes(12)
+        ),
     ],
 )
 def test_an_absurd_length_is_refused_at_once(tmp_path: Path, make: object, length: int) -> None:
@@ -112,7 +114,9 @@ def test_a_claim_that_does_not_hold_is_refused(tmp_path: Path, data: bytes, why:
         read_gguf(write(tmp_path, data))
 
 
-@pytest.mark.parametrize(("key", "value"), [("llama.block_count", "one"), ("llama.block_count", 1.5), ("general.architecture", 3)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("llama.block_count", "one"), ("llama.block_count", 1.5), ("general.architecture", 3)]
+)
 def test_a_value_of_the_wrong_type_is_refused_by_its_key(tmp_path: Path, key: str, value: object) -> None:
     header = read_gguf(write(tmp_path, model_files.gguf({key: value})))
     with pytest.raises(SourceInvalid, match=key):

@@ -8,6 +8,7 @@ import model_files
 import pytest
 
 from fastserve.artifacts import sources
+from fastserve.artifacts.describe import describe
 from fastserve.errors import DigestMismatch, SourceInvalid, SourceNotFound
 from fastserve.spec.source import Source
 
@@ -31,7 +32,11 @@ def test_a_folder_is_brought_with_its_allowed_files_only(tmp_path: Path) -> None
     resolved = sources.resolve(source)
     seen: list[tuple[int, int]] = []
     into = sources.fetch(
-        source, resolved.digest, tmp_path / "into", role="model", progress=lambda done, total: seen.append((done, total))
+        source,
+        resolved.digest,
+        tmp_path / "into",
+        role="model",
+        progress=lambda done, total: seen.append((done, total)),
     )
     assert files_below(into) == sorted(model_files.model_folder())
     assert (into / "model.safetensors").read_bytes() == model_files.safetensors()
@@ -89,8 +94,20 @@ def test_a_pattern_takes_what_matches_in_order(tmp_path: Path) -> None:
     assert [file.path for file in resolved.files] == ["a.jsonl", "b.jsonl"]
     deep = sources.resolve(Source(uri=f"file://{tmp_path}/d/**/*.jsonl"), role="data")
     assert [file.path for file in deep.files] == ["a.jsonl", "b.jsonl", "sub/d.jsonl"]
+    place = sources.outline(Source(uri=f"file://{tmp_path}/d/*.jsonl"), resolved, tmp_path / "outline")
+    assert files_below(place) == ["a.jsonl", "b.jsonl"]
     with pytest.raises(SourceNotFound, match="nothing matches"):
         sources.resolve(Source(uri=f"file://{tmp_path}/d/*.parquet"), role="data")
+
+
+def test_an_outline_holds_only_what_was_chosen_and_replaces_what_was_left_there(tmp_path: Path) -> None:
+    twice = {**model_files.model_folder(), "consolidated.safetensors": model_files.safetensors()}
+    source = Source(uri=str(write(tmp_path / "model", twice)))
+    write(tmp_path / "outline", {"torn.json": b""})
+    place = sources.outline(source, sources.resolve(source), tmp_path / "outline")
+    assert files_below(place) == sorted(model_files.model_folder())
+    assert describe(place).parameters == 48
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "outline"]
 
 
 def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
@@ -99,8 +116,6 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
         sources.resolve(Source(uri=f"file://{tmp_path}/row.jsonl"), role="data")
     with pytest.raises(SourceNotFound, match="is no folder either"):
         sources.resolve(Source(uri=f"file://{tmp_path}/gone/row.jsonl"), role="data")
-    with pytest.raises(SourceNotFound, match="three slashes"):
-        sources.resolve(Source(uri="file://rows.jsonl"), role="data")
 
 
 def test_a_source_that_changes_after_it_was_resolved_is_not_used(tmp_path: Path) -> None:
@@ -120,11 +135,17 @@ def test_a_source_that_changes_after_it_was_resolved_is_not_used(tmp_path: Path)
         ("config.json", b'{"auto_map": {"AutoModel": "m.M"}}', r"'config\.json' asks for code"),
         ("model.safetensors", model_files.safetensors()[:-1], r"'model\.safetensors' puts tensor"),
         ("model.safetensors", b"PK\x03\x04" + bytes(100), "a zip archive"),
-        ("model.safetensors.index.json", b'{"weight_map": {"embed": "gone.safetensors"}}', r"'gone\.safetensors', which is not"),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"embed": "gone.safetensors"}}',
+            r"'gone\.safetensors', which is not",
+        ),
         ("MODEL.safetensors", model_files.safetensors(), "one file where case is ignored"),
     ],
 )
-def test_an_unsafe_or_torn_folder_is_refused_when_it_is_resolved(tmp_path: Path, name: str, data: bytes, why: str) -> None:
+def test_an_unsafe_or_torn_folder_is_refused_when_it_is_resolved(
+    tmp_path: Path, name: str, data: bytes, why: str
+) -> None:
     model = write(tmp_path / "model", {**model_files.model_folder(), name: data})
     with pytest.raises(SourceInvalid, match=why) as caught:
         sources.resolve(Source(uri=str(model)))
@@ -144,7 +165,9 @@ def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
 def test_a_sharded_model_is_whole_or_refused(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     shards = {
-        f"model-{n}.safetensors": model_files.safetensors({name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+        f"model-{n}.safetensors": model_files.safetensors(
+            {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+        )
         for n, name in ((1, "a"), (2, "b"))
     }
     files = model_files.model_folder(model__safetensors=None)

@@ -86,7 +86,9 @@ def test_every_end_token_of_a_header_stops(tmp_path: Path) -> None:
         ({"tokenizer.ggml.model": "llama"}, "no score and type"),
     ],
 )
-def test_a_tokenizer_that_is_not_known_exactly_is_refused_by_name(tmp_path: Path, changed: dict[str, Any], why: str) -> None:
+def test_a_tokenizer_that_is_not_known_exactly_is_refused_by_name(
+    tmp_path: Path, changed: dict[str, Any], why: str
+) -> None:
     with pytest.raises(SourceInvalid, match=why) as caught:
         load_tokenizer(write_gguf(tmp_path, changed))
     assert "model.gguf" in str(caught.value)
@@ -95,7 +97,9 @@ def test_a_tokenizer_that_is_not_known_exactly_is_refused_by_name(tmp_path: Path
 @pytest.mark.parametrize("missing", ["tokenizer.ggml.tokens", "tokenizer.ggml.model"])
 def test_a_header_without_a_tokenizer_is_refused(tmp_path: Path, missing: str) -> None:
     path = tmp_path / "model.gguf"
-    path.write_bytes(model_files.gguf({key: value for key, value in model_files.gguf_metadata().items() if key != missing}))
+    path.write_bytes(
+        model_files.gguf({key: value for key, value in model_files.gguf_metadata().items() if key != missing})
+    )
     with pytest.raises(SourceInvalid, match=missing.rpartition(".")[2]):
         load_tokenizer(path)
 

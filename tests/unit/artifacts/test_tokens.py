@@ -45,7 +45,9 @@ def test_a_secret_shows_itself_nowhere_but_where_it_is_asked_for() -> None:
 
 
 def test_keys_of_a_bucket_are_cleaned_as_tokens_are() -> None:
-    found = s3_credentials(None, {"AWS_ACCESS_KEY_ID": "id\n", "AWS_SECRET_ACCESS_KEY": " secret\r\n", "AWS_SESSION_TOKEN": ""})
+    found = s3_credentials(
+        None, {"AWS_ACCESS_KEY_ID": "id\n", "AWS_SECRET_ACCESS_KEY": " secret\r\n", "AWS_SESSION_TOKEN": ""}
+    )
     assert {name: secret.reveal() for name, secret in found.items()} == {
         "aws_access_key_id": "id",
         "aws_secret_access_key": "secret",

@@ -106,7 +106,9 @@ def test_a_second_tender_is_refused_while_the_first_lives(home: Home) -> None:
         f"with Home({str(home.path)!r}).tended(detached=False):\n"
         "    print('owned', flush=True); sys.stdin.read()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         assert other.stdin is not None
         assert other.stdout.readline() == "owned\n"

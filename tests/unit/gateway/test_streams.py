@@ -80,6 +80,26 @@ def test_each_event_is_passed_on_before_the_next_is_made(play, kit):
     play(scenario)
 
 
+def test_no_byte_is_lost_when_many_streams_go_as_fast_as_they_can(play, kit):
+    def pieces(seed):
+        return [kit.event(f"{seed} {number} " + "x" * (number % 97)) for number in range(1000)]
+
+    async def engine(request, body):
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for piece in [*pieces(body["seed"]), kit.DONE]:
+            await response.write(piece)
+        return response
+
+    async def scenario(stand):
+        await stand.one_engine(engine)
+        answers = await asyncio.gather(*(stand.ask(kit.chat(stream=True, seed=seed)) for seed in range(8)))
+        for seed, answer in enumerate(answers):
+            assert answer.raw == b"".join([*pieces(seed), kit.DONE])
+
+    play(scenario)
+
+
 def test_an_event_in_pieces_is_put_together(play, kit):
     whole = kit.event("one") + kit.event("two") + kit.DONE
 

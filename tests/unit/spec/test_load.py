@@ -392,7 +392,7 @@ def test_a_manifest_made_in_python_can_be_dumped_and_read() -> None:
     made = AccessKey(
         api_version="fastserve.dev/v1alpha1",
         kind="AccessKey",
-        metadata={"name": "a"},  # type: ignore[arg-type]
+        metadata={"name": "a"},
         spec=AccessKeySpec(models=["a"], expires=None, token_budget=None),
     )
     assert dump(made)["spec"] == {"models": ["a"]}

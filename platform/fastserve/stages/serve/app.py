@@ -12,6 +12,7 @@ from typing import Any
 
 from ray import serve
 
+from fastserve.stages.serve.loopback import keep_on_loopback
 from fastserve.stages.serve.server import EngineServer, prepare_environment
 from fastserve.stages.serve.settings import Settings
 
@@ -23,6 +24,7 @@ class Engine:
     async def __init__(self, args: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         """Fetch the weights and start the engine. What goes wrong stands in the application's message."""
         settings = Settings.from_json(args)
+        keep_on_loopback()
         prepare_environment(dict(settings.env))
         self._server = EngineServer()
         model = await asyncio.to_thread(settings.fetch_model)

@@ -31,7 +31,7 @@ CHECK_SECONDS = 90.0
 IDLE_SECONDS = 30.0
 """An answer this recent is proof enough; only a server that idles longer is asked for a token."""
 
-LAST_ANSWERS_SECONDS = 1.0
+LAST_ANSWERS_SECONDS = 0.3
 """How long the answers of a dead engine's requests may take to leave, before the process ends."""
 
 log = logging.getLogger("fastserve.serve")
@@ -40,11 +40,12 @@ log = logging.getLogger("fastserve.serve")
 class EngineServer:
     """An engine and the ASGI application in front of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Any = None, app: Any = None, generates: bool = False) -> None:
+        """engine, app: ones that run already; without them `start` makes them. generates: whether it answers with text."""
         self._context: AbstractAsyncContextManager[Any] | None = None
-        self._engine: Any = None
-        self._app: Any = None
-        self._generates = False
+        self._engine = engine
+        self._app = app
+        self._generates = generates
         self._in_flight = 0
         self._alive_at = time.monotonic()
         self._probes = 0
@@ -89,7 +90,7 @@ class EngineServer:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
             return
-        if self._app is None:
+        if self._app is None or self.dead:
             await send({"type": "http.response.start", "status": 503, "headers": [(b"retry-after", b"1")]})
             await send({"type": "http.response.body", "body": b""})
             return
@@ -143,7 +144,7 @@ class EngineServer:
         Serve itself would go on sending requests here until its third failed check.
         """
         while not self.dead:
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.1)
         log.error("the engine's process has ended; this replica ends too and Serve starts another")
         await asyncio.sleep(LAST_ANSWERS_SECONDS)
         os._exit(1)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,8 @@ def save(store: Store, request: StageRequest, tensors: Mapping[str, torch.Tensor
     """
     with tempfile.TemporaryDirectory(prefix="fastserve-checkpoint-") as temporary:
         folder = Path(temporary)
-        dcp.save(dict(tensors), checkpoint_id=folder / TENSORS, no_dist=True)
+        with _alone():
+            dcp.save(dict(tensors), checkpoint_id=folder / TENSORS, no_dist=True)
         facts = {"format": FORMAT, "step": run.step, "curve": run.curve, "export": dict(run.export)}
         (folder / FACTS).write_text(json.dumps(facts))
         put_checkpoint(store, request.stage, request.key, run.step, folder, attempt=request.attempt)
@@ -70,7 +73,7 @@ def load(store: Store, request: StageRequest, step: int, tensors: Mapping[str, t
     with tempfile.TemporaryDirectory(prefix="fastserve-checkpoint-") as temporary:
         folder = fetch_checkpoint(store, request.stage, request.key, step, Path(temporary) / "checkpoint")
         run = read_facts(folder)
-        dcp.load(dict(tensors), checkpoint_id=folder / TENSORS, no_dist=True)
+        _load(folder, dict(tensors))
     return run
 
 
@@ -94,5 +97,18 @@ def read_parameters(folder: Path) -> dict[str, torch.Tensor]:
         for name, entry in stored.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(tensors, checkpoint_id=folder / TENSORS, no_dist=True)
+    _load(folder, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with _alone():
+        dcp.load(tensors, checkpoint_id=folder / TENSORS, no_dist=True)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without the warning that one process alone saves or loads: that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield

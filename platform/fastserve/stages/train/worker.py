@@ -6,10 +6,10 @@ whose worker raises, which is right for a killed machine and wrong for a loss th
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,10 @@ from fastserve.stages.train.flat import FlatParameters
 from fastserve.stages.train.group import Group
 from fastserve.stages.train.loop import accumulate, exchange
 from fastserve.stages.train.network import Network, load_network
+from fastserve.stages.train.news import tell
 from fastserve.stages.train.order import Order, micro_batches, share
 from fastserve.stages.train.schedule import learning_rate
 from fastserve.telemetry.progress import Reporter
-
-_LOG = logging.getLogger(__name__)
 
 _SAVED, _FENCED, _FULL, _FAILED = range(4)
 _VERDICTS: Mapping[int, type[StoreFailed]] = {_FENCED: AttemptFenced, _FULL: StoreFull, _FAILED: StoreFailed}
@@ -95,7 +94,7 @@ def train(
     could not be reached, a checkpoint that came damaged) is raised, so that the whole group begins anew.
     """
     try:
-        return _Run(store, task, corpus, load_network(folder, task.train), group).to_end(on_step)
+        return _Run(store, task, corpus, load_network(folder, task.train, max(corpus.lengths)), group).to_end(on_step)
     except (StageFailed, NotExecutable, AttemptFenced, StoreFull) as error:
         return Ended(-1, error.reason, str(error))
 
@@ -111,7 +110,7 @@ class _Run:
         self.run = state.RunState(export=network.export)
         self.seen_tokens = 0
         self.began_at = time.monotonic()
-        self.reporter = Reporter(self._write_progress) if group.rank == 0 else None
+        self.reporter = Reporter(partial(tell, store, task.request)) if group.rank == 0 else None
 
     def to_end(self, on_step: Callable[[Mapping[str, Any]], None]) -> Ended:
         """Steps until the last; a checkpoint every so many, and after the last."""
@@ -183,9 +182,3 @@ class _Run:
     def _report(self, note: str, **metrics: Any) -> None:
         if self.reporter is not None:
             self.reporter.update(self.run.step, self.task.total_steps, "steps", note, **metrics)
-
-    def _write_progress(self, progress: dict[str, Any]) -> None:
-        try:
-            attempts.write_progress(self.store, self.task.request, progress)
-        except StoreFailed as error:
-            _LOG.warning("progress not written: %s", error)  # the run itself is not harmed

@@ -6,7 +6,6 @@ the newest checkpoint and goes on from there, or only exports when the last step
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -15,19 +14,20 @@ from typing import Any
 
 from fastserve.artifacts.checkpoints import fetch_checkpoint
 from fastserve.artifacts.safetensors_header import check
+from fastserve.artifacts.tokenizer import load_tokenizer
 from fastserve.data.samples import SampleSet, samples
 from fastserve.errors import (
     AttemptFenced,
     ManifestInvalid,
     NotExecutable,
     Problem,
-    SourceInvalid,
     StageFailed,
     StoreFull,
 )
 from fastserve.spec.train import Train
 from fastserve.stages.train import state
 from fastserve.stages.train.export import export
+from fastserve.stages.train.news import following
 from fastserve.stages.train.order import Order
 from fastserve.stages.work import Outcome, Work
 
@@ -75,30 +75,8 @@ def run(work: Work) -> Outcome:
 
 def read_samples(model: Path, data: Path, max_length: int) -> SampleSet:
     """Samples of the rows at `data` for the model in the folder `model`."""
-    from tokenizers import Tokenizer
-
-    tokenizer_file = model / "tokenizer.json"
-    if not tokenizer_file.is_file():
-        raise SourceInvalid("the source has no tokenizer.json; use a source with a fast tokenizer")
-    template_file = model / "chat_template.jinja"
-    template = template_file.read_text(encoding="utf-8") if template_file.is_file() else None
-    return samples(
-        [data],
-        Tokenizer.from_file(str(tokenizer_file)),
-        template,
-        max_length,
-        special=special_tokens(model / "tokenizer_config.json"),
-    )
-
-
-def special_tokens(file: Path) -> dict[str, str]:
-    """Texts of the special tokens that a tokenizer_config.json names, such as `bos_token`."""
-    if not file.is_file():
-        return {}
-    config = json.loads(file.read_text(encoding="utf-8"))
-    named = {name: value for name, value in config.items() if name.endswith("_token") and value}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    files = load_tokenizer(model)
+    return samples([data], files.tokenizer(), files.chat_template, max_length, special=files.special)
 
 
 def require_targets(model: Path, targets: list[str]) -> None:
@@ -143,7 +121,8 @@ def _train(work: Work, train: Train, sample_set: SampleSet, total_steps: int) ->
         ),
     )
     try:
-        result = trainer.fit()
+        with following(work):
+            result = trainer.fit()
     except TrainingFailedError as error:
         raise StageFailed(
             f"training broke off: {_first_cause(error)}; see `fastserve logs {work.request.model} train`"
