@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +46,46 @@ def require(missing: Callable[[str], None]) -> Callable[[str], str]:
         return str(path)
 
     return find
+
+
+@pytest.fixture(scope="session")
+def open_to_the_network() -> Callable[[Iterable[int]], list[str]]:
+    """`open_to_the_network(pids)`: where these processes listen beyond loopback, from the kernel's own tables."""
+
+    def look(pids: Iterable[int]) -> list[str]:
+        sockets = {**_listening("tcp", socket.AF_INET), **_listening("tcp6", socket.AF_INET6)}
+        assert sockets, "the kernel's tables can be read, and somebody listens"
+        found = []
+        for pid in pids:
+            for handle in _handles(pid):
+                address = sockets.get(handle)
+                if address is not None and not _is_loopback(address):
+                    found.append(f"{pid} {Path(f'/proc/{pid}/cmdline').read_bytes()[:60]!r}: {address}")
+        return found
+
+    return look
+
+
+def _listening(table: str, family: socket.AddressFamily) -> dict[str, str]:
+    """Address of every listening socket, by what its handle points to."""
+    found = {}
+    for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A":  # TCP_LISTEN
+            words = bytes.fromhex(fields[1].partition(":")[0])
+            raw = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
+            found[f"socket:[{fields[9]}]"] = socket.inet_ntop(family, raw)
+    return found
+
+
+def _handles(pid: int) -> list[str]:
+    try:
+        return [os.readlink(handle) for handle in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return []  # it, or one of its files, has just gone
+
+
+def _is_loopback(address: str) -> bool:
+    parsed = ipaddress.ip_address(address)
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return (mapped or parsed).is_loopback

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-
 from tests.bench import gateway
 from tests.bench.figure import Figure
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-
-from tests.e2e.conftest import ROOT, Laptop
+from laptop import ROOT, Laptop
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 

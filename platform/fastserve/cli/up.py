@@ -20,6 +20,7 @@ from fastserve.cli.manifests import read_manifests
 from fastserve.cli.screen import Screen
 from fastserve.cluster import tender
 from fastserve.cluster.access import apply_access_key, local_key
+from fastserve.cluster.gateway_process import GatewayProcess
 from fastserve.cluster.home import Home
 from fastserve.cluster.local import Beat, LocalCluster
 from fastserve.cluster.status import status_of
@@ -50,6 +51,7 @@ def up(file: Path, home: Home, *, detach: bool, port: int | None, store: str | N
         raise UsageInvalid(f"{file} holds no Model; add one, or an AccessKey")
     store_uri = store or home.store_uri
     open_store(store_uri).names("artifacts/")  # a wrong store is refused before anything else happens
+    GatewayProcess(home).choose_port(port)  # and so is a port that is taken
     surveys = [survey(home, store_uri, model, profiles, access_keys) for model in models]
     if not as_json:
         for found in surveys:

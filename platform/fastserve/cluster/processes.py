@@ -216,15 +216,6 @@ def _await_ends(handles: Mapping[int, Process], wait_seconds: float) -> None:
         for handle, _ in poll.poll(remaining * 1000):
             poll.unregister(handle)
             left.discard(handle)
-            _reap(handles[handle].pid)
-
-
-def _reap(pid: int) -> None:
-    """Take the exit status of an own child, so that it does not stay behind as a zombie."""
-    try:
-        os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        return
 
 
 def await_true(check: Callable[[], bool], seconds: float, every_seconds: float = 0.2) -> bool:

@@ -84,6 +84,7 @@ class RayHead:
     def __init__(self, home: Path) -> None:
         self._home = Home(home)
         self._found: tuple[Process, Endpoint] | None = None
+        self._popen: _Detached | None = None
 
     @property
     def token_path(self) -> Path:
@@ -143,6 +144,9 @@ class RayHead:
     def _clear(self, grace_seconds: float) -> None:
         self._found = None
         kill_home(self._home.id, PART, grace_seconds)
+        if self._popen is not None:
+            self._popen.wait()  # else it would stay in the process table as long as this command runs
+            self._popen = None
         saved = self._home.read_json("cluster/ray.json")
         if saved:
             shutil.rmtree(saved["temp_dir"], ignore_errors=True)
@@ -169,7 +173,7 @@ class RayHead:
         saved: dict[str, Any] = {"ports": ports, "temp_dir": str(temp_dir), "main": None, "pids": []}
         self._home.write_json("cluster/ray.json", saved)
         with open(self._log_path, "ab") as log:
-            popen = subprocess.Popen(
+            popen = _Detached(
                 [sys.executable, "-m", "ray.scripts.scripts", "start", *start_arguments(ports, temp_dir)],
                 env=self._environment(temp_dir, ports["dashboard_metrics"]),
                 stdin=subprocess.DEVNULL,
@@ -178,17 +182,19 @@ class RayHead:
                 start_new_session=True,
                 cwd=temp_dir,
             )
+        self._popen = popen
         main = Process.of(popen.pid)
         endpoint = self._endpoint(saved)
         if main is None or not self._await_start(popen, endpoint):
             raise ClusterFailed(f"{self._last_words(popen)}")
-        saved |= {"main": main.to_json(), "pids": sorted(process.pid for process in find(self._home.id, PART))}
+        others = {process.pid for process in find(self._home.id, PART)} - {main.pid}
+        saved |= {"main": main.to_json(), "pids": [main.pid, *sorted(others)]}
         self._home.write_json("cluster/ray.json", saved)
         endpoint = self._endpoint(saved)
         self._found = (main, endpoint)
         return endpoint
 
-    def _await_start(self, popen: subprocess.Popen[bytes], endpoint: Endpoint) -> bool:
+    def _await_start(self, popen: _Detached, endpoint: Endpoint) -> bool:
         def over() -> bool:
             if popen.poll() is not None:
                 return True
@@ -197,7 +203,7 @@ class RayHead:
 
         return await_true(over, START_SECONDS) and popen.poll() is None
 
-    def _last_words(self, popen: subprocess.Popen[bytes]) -> str:
+    def _last_words(self, popen: _Detached) -> str:
         how = (
             f"it ended with code {popen.returncode}"
             if popen.poll() is not None
@@ -260,6 +266,13 @@ class RayHead:
                 return client.get(endpoint.dashboard_url + path, headers=headers).status_code
         except (httpx.HTTPError, OSError):
             return 0
+
+
+class _Detached(subprocess.Popen[bytes]):
+    """A process that may outlive this command; Python need not warn when its handle goes first."""
+
+    def __del__(self) -> None:
+        """Leave the process alone."""
 
 
 def start_arguments(ports: dict[str, int], temp_dir: Path) -> list[str]:

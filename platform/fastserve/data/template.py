@@ -107,6 +107,21 @@ def _compiled(template: str) -> jinja2.Template:
         ) from error
 
 
+class _BoundedRange:
+    """`range` for one rendering: all its steps together are bounded, however the loops are nested."""
+
+    def __init__(self) -> None:
+        self._steps_left = MAX_RANGE_STEPS
+
+    def __call__(self, *bounds: int) -> range:
+        steps = range(*bounds)
+        # len() of a range beyond the machine's word raises OverflowError; this arithmetic never does.
+        self._steps_left -= max(0, (steps.stop - steps.start) // steps.step)
+        if self._steps_left < 0:
+            raise _Budget(f"more than {MAX_RANGE_STEPS} steps of range")
+        return steps
+
+
 def render(
     template: str,
     messages: Sequence[Message],
@@ -129,17 +144,6 @@ def render(
     Raises SourceInvalid when the template is broken or does too much work, DatasetInvalid when it refuses the messages.
     """
     moment = datetime(today.year, today.month, today.day, tzinfo=UTC) if today else datetime.now()
-    steps_left = MAX_RANGE_STEPS
-
-    def bounded_range(*bounds: int) -> range:
-        nonlocal steps_left
-        steps = range(*bounds)
-        # len() of a range beyond the machine's word raises OverflowError; the arithmetic below never does.
-        steps_left -= max(0, (steps.stop - steps.start) // steps.step)
-        if steps_left < 0:
-            raise _Budget(f"more than {MAX_RANGE_STEPS} steps of range")
-        return steps
-
     context = {
         **(special or {}),
         **(variables or {}),
@@ -147,7 +151,7 @@ def render(
         "add_generation_prompt": add_generation_prompt,
         "tools": tools,
         "documents": None,
-        "range": bounded_range,
+        "range": _BoundedRange(),
         "strftime_now": moment.strftime,
     }
     try:

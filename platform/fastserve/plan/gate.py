@@ -183,6 +183,8 @@ def _comparisons(metrics: Mapping[str, Any], gate: Gate) -> list[Limit]:
         if limit is not None:
             bound = _Bound(name, limit, False, is_share, "evaluate on more rows")
             found.append(bound.unchanged() if same else bound.compare(metrics.get(name), few))
+    if gate.endless_answers is not None and "endlessAnswers" in metrics:
+        found.append(_endless(metrics["endlessAnswers"], gate.endless_answers, same))
     if gate.speedup is not None:
         found.append(_speedup(metrics.get("speedup"), gate.speedup, same))
     return found
@@ -195,6 +197,27 @@ def _identical(metrics: Mapping[str, Any]) -> bool:
         return False
     digests = [models[role].get("digest") for role in ("candidate", "parent") if isinstance(models.get(role), Mapping)]
     return len(digests) == 2 and bool(digests[0]) and digests[0] == digests[1]
+
+
+def _endless(raw: Any, limit: float, same: bool) -> Limit:
+    """The one limit that refuses only what is beyond doubt and is never undecided.
+
+    A few hundred answers cannot show that endless ones are rarer than one in two hundred, but they can show the
+    opposite: each was seen.
+    """
+    bound = _Bound("endlessAnswers", limit, False, True, "")
+    interval, trouble = _read(raw, None)
+    if same:
+        return bound.unchanged()
+    if interval is None:
+        return bound.row(GateOutcome.INCONCLUSIVE, "{name} is undecided: " + trouble.replace("{", "{{"))
+    if interval.low <= limit:
+        return bound.row(GateOutcome.PASS, "{name} holds: {figures}, judged by the lower end.", interval)
+    sentence = (
+        "{name} is broken: {figures}; the candidate repeats itself where its parent comes to an end: calibrate on more "
+        "rows in the chat template, write method: roundToNearest, or raise spec.evaluate.gate.{name}."
+    )
+    return bound.row(GateOutcome.FAIL, sentence, interval)
 
 
 def _speedup(raw: Any, limit: float, same: bool) -> Limit:

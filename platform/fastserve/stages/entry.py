@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from fastserve.artifacts import attempts
+from fastserve.artifacts.checkpoints import prune_checkpoints
 from fastserve.artifacts.store import Store, open_store
 from fastserve.errors import AttemptFenced, FastServeError, StageFailed, StoreFailed, StoreFull
 from fastserve.plan.stages import Stage, StageRequest
@@ -177,8 +178,10 @@ def _run(store: Store, request: StageRequest, stage: Callable[[Work], Outcome]) 
         report.close()
         parents = {role: work.input_record(role).digest for role in request.inputs}
         attempts.commit(store, request, outcome.folder, outcome.metrics, parents)
+    # Committed: what older attempts left, and what a later one would have resumed from, is of no use now.
     for older in range(1, request.attempt):
         attempts.discard(store, request.stage, request.key, older)
+    prune_checkpoints(store, request.stage, request.key, keep=0)
 
 
 def is_final(error: FastServeError) -> bool:
@@ -187,8 +190,9 @@ def is_final(error: FastServeError) -> bool:
 
 
 def _note_failure(store: Store, request: StageRequest, reason: str, message: str, final: bool) -> None:
+    readable = message.encode(errors="replace").decode()  # an error may quote bytes that are no text
     try:
-        attempts.fail(store, request, reason, message, final)
+        attempts.fail(store, request, reason, readable, final)
         attempts.discard(store, request.stage, request.key, request.attempt)
     except StoreFailed as error:
         log.error("the failure could not be written down: %s", error)

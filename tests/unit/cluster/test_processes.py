@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from fastserve.cluster.processes import (
     HOME_VARIABLE,
     PART_VARIABLE,
@@ -29,7 +30,9 @@ from fastserve.errors import ClusterFailed
 
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
 
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+)
 PARENT = (
     "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], "
     "start_new_session=True); print(child.pid, flush=True); time.sleep(60)"
@@ -133,7 +136,8 @@ def test_what_will_not_end_is_named(home_id: str, spawn: Spawn) -> None:
 def test_a_later_process_with_the_same_number_is_not_hit(spawn: Spawn) -> None:
     process = spawn()
     now = Process.of(process.pid)
-    assert now is not None and now.alive
+    assert now is not None
+    assert now.alive
     earlier = Process(process.pid, now.start_ticks - 1)
     assert not earlier.alive
     end_each([earlier], signal.SIGKILL, 1)
@@ -167,20 +171,26 @@ def test_addresses_that_a_cluster_injects_do_not_reach_the_engine(ambient: Calla
     assert [name for name, value in clean_environment({}).items() if value.startswith("tcp://")] == []
 
 
-def test_settings_of_another_ray_or_vllm_are_left_out_and_credentials_are_kept(ambient: Callable[[str, str], None]) -> None:
+def test_settings_of_another_ray_or_vllm_are_left_out_and_credentials_are_kept(
+    ambient: Callable[[str, str], None],
+) -> None:
     for name in ("RAY_ADDRESS", "VLLM_USE_V1", "PYTHONDONTWRITEBYTECODE", "LD_PRELOAD"):
         ambient(name, "1")
     for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "LC_ALL", "OPENBLAS_CORETYPE"):
         ambient(name, "kept")
     built = clean_environment({"X": "y"})
     assert not {"RAY_ADDRESS", "VLLM_USE_V1", "PYTHONDONTWRITEBYTECODE", "LD_PRELOAD"} & set(built)
-    assert [built[name] for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "LC_ALL", "OPENBLAS_CORETYPE")] == ["kept"] * 4
+    assert [built[name] for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "LC_ALL", "OPENBLAS_CORETYPE")] == [
+        "kept"
+    ] * 4
     assert built["X"] == "y"
 
 
 def test_a_built_environment_runs_this_fastserve(ambient: Callable[[str, str], None]) -> None:
-    code = "import fastserve, shutil; print(fastserve.__file__)"
-    run = subprocess.run([sys.executable, "-c", code], env=clean_environment({}), capture_output=True, text=True, cwd="/")
+    code = "import fastserve; print(fastserve.__file__)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=clean_environment({}), capture_output=True, text=True, cwd="/"
+    )
     import fastserve
 
     assert run.stdout.strip() == fastserve.__file__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -11,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+
 from fastserve.cluster.processes import free_port
 from fastserve.cluster.ray_jobs import Jobs, JobState
 from fastserve.cluster.ray_rest import RayRest
@@ -49,7 +51,8 @@ class Routes(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(BrokenPipeError):  # a client that gave up
+            self.wfile.write(data)
 
     def allowed(self) -> bool:
         time.sleep(self.head.stall_seconds)
@@ -88,7 +91,9 @@ class Routes(BaseHTTPRequestHandler):
         if time.monotonic() < self.head.agent_after:
             self.answer(500, "No available agent to submit job, please try again later.")
         elif value["submission_id"] in self.head.jobs:
-            self.answer(500, f"Traceback ...\nValueError: Job with submission_id {value['submission_id']} already exists.")
+            self.answer(
+                500, f"Traceback ...\nValueError: Job with submission_id {value['submission_id']} already exists."
+            )
         elif not value["entrypoint"]:
             self.answer(400, "Traceback ...\nValueError: entrypoint must not be empty")
         else:
@@ -99,7 +104,9 @@ class Routes(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self.head.put = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.allowed():
-            self.answer(self.head.serve_status, "" if self.head.serve_status == 200 else "bad config\nValueError: no such field")
+            self.answer(
+                self.head.serve_status, "" if self.head.serve_status == 200 else "bad config\nValueError: no such field"
+            )
 
 
 def job(name: str | None, status: str, **more: Any) -> dict[str, Any]:
@@ -177,7 +184,9 @@ def test_drivers_without_a_submission_are_not_listed(head: Head, jobs: Jobs) -> 
     assert list(jobs.all()) == ["a"]
 
 
-@pytest.mark.parametrize(("lines", "text"), [(None, "one\ntwo\nthree\n"), (2, "two\nthree\n"), (9, "one\ntwo\nthree\n"), (0, "")])
+@pytest.mark.parametrize(
+    ("lines", "text"), [(None, "one\ntwo\nthree\n"), (2, "two\nthree\n"), (9, "one\ntwo\nthree\n"), (0, "")]
+)
 def test_the_end_of_a_log_can_be_asked_for(head: Head, jobs: Jobs, lines: int | None, text: str) -> None:
     head.jobs["x"] = job("x", "RUNNING")
     assert jobs.logs("x", lines) == text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from fastserve.cluster.ray_serve import app_for, app_name, route_prefix, scale
 from fastserve.plan.facts import Hardware, ModelFacts
 from fastserve.plan.revision import Revision
@@ -30,7 +31,9 @@ LAPTOP = Hardware(cpus=2, memory_bytes=8 * 2**30)
 GPU = Hardware(cpus=16, memory_bytes=64 * 2**30, accelerators=2, accelerator_memory_bytes=80 * 2**30)
 
 
-def _app(serve: dict[str, Any] | None = None, light: dict[str, Any] | None = None, hardware: Hardware = LAPTOP) -> dict[str, Any]:
+def _app(
+    serve: dict[str, Any] | None = None, light: dict[str, Any] | None = None, hardware: Hardware = LAPTOP
+) -> dict[str, Any]:
     revision = Revision("chat", Stage.COMPRESS, "k" * 64, "d" * 64, serve or {})
     return app_for(revision, Serve.model_validate(light or {}), "file:///store", FACTS, hardware)
 
@@ -64,8 +67,11 @@ def test_what_decides_the_answers_is_in_the_args_with_the_digest_that_was_evalua
     assert not [argument for argument in args["argv"] if argument.startswith("--model=")]
 
 
-def test_a_fixed_number_of_replicas_is_a_number() -> None:
-    assert scale(Replicas(min=3, max=3), Target()) == {"num_replicas": 3}
+def test_a_fixed_number_is_bounds_that_meet_since_serve_restarts_replicas_when_the_block_comes_or_goes() -> None:
+    fixed, free = scale(Replicas(min=3, max=3), Target()), scale(Replicas(min=1, max=4), Target())
+    assert (fixed["autoscaling_config"]["min_replicas"], fixed["autoscaling_config"]["max_replicas"]) == (3, 3)
+    assert fixed.keys() == free.keys()
+    assert fixed["autoscaling_config"].keys() == free["autoscaling_config"].keys()
 
 
 def test_bounds_become_autoscaling_that_reacts_in_a_second() -> None:

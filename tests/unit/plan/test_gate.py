@@ -209,3 +209,18 @@ def test_rows_read_as_text_and_as_json():
     assert plain["outcome"] == "pass"
     assert plain["limits"][0]["limit"] == 0.05
     assert plain["limits"][0]["measured"] == {"value": 0.02, "low": 0.015, "high": 0.025}
+
+
+@pytest.mark.parametrize(("low", "outcome"), [(0.0, "pass"), (0.005, "pass"), (0.0051, "fail")])
+def test_endless_answers_are_refused_only_beyond_doubt_and_never_left_undecided(low, outcome):
+    seen = {"value": 0.03, "low": low, "high": 0.2}
+    assert outcomes(decide(metrics(endlessAnswers=seen), gate()))["endlessAnswers"] == outcome
+
+
+def test_endless_answers_that_were_not_measured_are_not_judged():
+    assert "endlessAnswers" not in outcomes(decide(metrics(), gate()))
+
+
+def test_the_limit_of_endless_answers_can_be_switched_off():
+    seen = {"value": 0.5, "low": 0.4, "high": 0.6}
+    assert decide(metrics(endlessAnswers=seen), gate(endlessAnswers=None)).outcome == "pass"

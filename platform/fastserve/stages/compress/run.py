@@ -87,9 +87,7 @@ def _carry_out(work: Work, step: CompressStep, index: int, model: Path, target: 
     rows = [] if method == "roundToNearest" else _rows(work, quantize, model)
     work.report.update(0, 1, "layers", note="loading the model", method=method, calibrationRows=len(rows))
     target.parent.mkdir(parents=True)
-    layers = int8.quantize(
-        model, target, method, rows, lambda done, total, note: _report(work, done, total, note)
-    )
+    layers = int8.quantize(model, target, method, rows, lambda done, total, note: _report(work, done, total, note))
     return {
         "method": method,
         "calibrationRows": len(rows),

@@ -1,9 +1,9 @@
 """How far apart two models are on the same tokens: pure arithmetic, no engine.
 
-An engine hands out only the most likely tokens of each position, so distributions are compared on what is known of both,
-with everything else in one remainder. Merging outcomes never makes a divergence larger (data-processing inequality; Cover
-and Thomas, Elements of Information Theory, 2.8), so the figure is a lower bound of the true one, and close to it when the
-known tokens carry nearly all the mass.
+An engine hands out only the most likely tokens of each position, so distributions are compared on what is known of
+both, with everything else in one remainder. Merging outcomes never makes a divergence larger (data-processing
+inequality; Cover and Thomas, Elements of Information Theory, 2.8), so the figure is a lower bound of the true one, and
+close to it when the known tokens carry nearly all the mass.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class RowScore:
 def compare(parent: RowScore, candidate: RowScore) -> tuple[float, int]:
     """Sum of divergences in nats, and number of flipped greedy tokens, over the tokens of a row."""
     pairs = list(zip(parent.known(), candidate.known(), strict=True))
-    return sum(kl_divergence(mine, theirs) for mine, theirs in pairs), sum(flipped(mine, theirs) for mine, theirs in pairs)
+    return sum(kl_divergence(mine, theirs) for mine, theirs in pairs), sum(
+        flipped(mine, theirs) for mine, theirs in pairs
+    )
 
 
 def kl_divergence(parent: Mapping[int, float], candidate: Mapping[int, float]) -> float:

@@ -1,8 +1,8 @@
 """The engine that serves, in this process, for a stage that needs figures and not a server.
 
 What is measured is what will answer: the same vLLM, the same kernels, the same quantised weights. It runs without a
-process of its own, without compilation and with a small KV cache, so that two of them fit beside each other and a further
-one is up in seconds.
+process of its own, without compilation and with a small KV cache, so that two of them fit beside each other and a
+further one is up in seconds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 
 from fastserve.errors import EngineFailed
 from fastserve.stages.evaluate.divergence import RowScore
+from fastserve.stages.evaluate.endless import Answer
 
 TOP_TOKENS = 20
 """Most likely tokens asked for at each position; vLLM's own upper bound unless it is raised."""
@@ -110,16 +111,15 @@ class Engine:
             temperature=0.0, max_tokens=1, prompt_logprobs=TOP_TOKENS, flat_logprobs=True, detokenize=False
         )
         outputs = self._generate(rows, parameters)
-        return [
-            row_score(output.prompt_logprobs, wanted) for output, wanted in zip(outputs, positions, strict=True)
-        ]
+        return [row_score(output.prompt_logprobs, wanted) for output, wanted in zip(outputs, positions, strict=True)]
 
-    def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[str]:
-        """Greedy answers as text, up to the model's own stop tokens."""
+    def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Answer]:
+        """Greedy answers, up to the model's own stop tokens."""
         from vllm import SamplingParams
 
         parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, stop_token_ids=self._stop)
-        return [output.outputs[0].text for output in self._generate(prompts, parameters)]
+        found = [output.outputs[0] for output in self._generate(prompts, parameters)]
+        return [Answer(list(item.token_ids), item.text, item.finish_reason == "stop") for item in found]
 
     def timed_round(self, prompts: Sequence[Sequence[int]], tokens: int) -> Round:
         """Generate exactly `tokens` tokens for every prompt at once, and take the time."""

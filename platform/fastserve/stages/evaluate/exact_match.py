@@ -1,4 +1,4 @@
-"""Exact match after one documented normalisation, so that a blank at the end of a line does not decide which model is better."""
+"""Exact match after one documented normalisation: a blank at a line's end does not decide which model is better."""
 
 from __future__ import annotations
 

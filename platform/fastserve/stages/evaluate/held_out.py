@@ -31,6 +31,11 @@ class HeldOutRow:
         """Tokens before the first that counts; at least one."""
         return self.ids[: self.positions[0]]
 
+    @property
+    def has_prompt(self) -> bool:
+        """Whether there is something to answer: plain text counts from its second token on."""
+        return self.positions[0] > 1
+
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
@@ -59,7 +64,9 @@ def held_out(data: Path, files: TokenizerFiles, context: int, max_rows: int) -> 
 
     A row without an assistant token within `context` is left out and counted. Raises DatasetInvalid when none is left.
     """
-    found = samples([data], files.tokenizer(), files.chat_template, context, special=files.special, limit_name="context")
+    found = samples(
+        [data], files.tokenizer(), files.chat_template, context, special=files.special, limit_name="context"
+    )
     usable = found.samples
     # Evenly apart and not the first ones: files are often sorted by topic.
     chosen = range(len(usable)) if len(usable) <= max_rows else [n * len(usable) // max_rows for n in range(max_rows)]

@@ -18,7 +18,7 @@ Z = 1.959963984540054
 """Quantile of the normal distribution."""
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Quantile of Student's distribution with 1, 2, 3, ... degrees of freedom; beyond, Z is near enough and a little too narrow."""
+"""Quantile of Student's distribution with 1, 2, 3, ... degrees of freedom; beyond, Z is near, if a little narrow."""
 
 RESAMPLES = 2000
 
@@ -41,8 +41,9 @@ Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 def bootstrap(columns: Sequence[Sequence[float]], statistic: Statistic, seed: int = 0) -> Interval:
-    """Percentile bootstrap over rows (Efron, 1979, Annals of Statistics 7); a row's columns stay together, so comparisons are paired.
+    """Percentile bootstrap over rows (Efron, 1979, Annals of Statistics 7).
 
+    A row's columns stay together, so comparisons are paired.
     columns: one sequence a column, each of shape [rows]; a resample draws rows with replacement and sums every column.
     statistic: figure from the sums, such as sum of divergences over sum of tokens.
     seed: of the draws, so that the same rows give the same interval.
@@ -76,8 +77,8 @@ def wilson(hits: int, rows: int) -> Interval:
 def paired_drop(parent: Sequence[bool], candidate: Sequence[bool]) -> Interval:
     """How much lower the candidate's share of hits is than the parent's, on the same rows.
 
-    Newcombe's hybrid score interval for paired shares (1998, Statistics in Medicine 17, method 10). Unlike a bootstrap it
-    keeps a width when every row agrees. Raises ValueError without rows or with unequal lengths.
+    Newcombe's hybrid score interval for paired shares (1998, Statistics in Medicine 17, method 10). Unlike a bootstrap
+    it keeps a width when every row agrees. Raises ValueError without rows or with unequal lengths.
     """
     if not parent or len(parent) != len(candidate):
         raise ValueError("paired figures need the same rows on both sides, at least one")
@@ -88,13 +89,13 @@ def paired_drop(parent: Sequence[bool], candidate: Sequence[bool]) -> Interval:
     won = rows - both - neither - lost
     mine, theirs = wilson(both + lost, rows), wilson(both + won, rows)
     spread = math.sqrt((both + lost) * (won + neither) * (both + won) * (lost + neither))
-    excess = both * neither - lost * won
+    excess = float(both * neither - lost * won)
     if excess > 0:
-        excess = max(excess - rows / 2, 0)
+        excess = max(excess - rows / 2, 0.0)
     phi = excess / spread if spread else 0.0
 
     def reach(mine_end: float, theirs_end: float) -> float:
-        a, b = mine.value - mine_end, theirs.value - theirs_end
+        a, b = abs(mine.value - mine_end), abs(theirs.value - theirs_end)
         return math.sqrt(max(0.0, a**2 - 2 * phi * a * b + b**2))
 
     value = mine.value - theirs.value

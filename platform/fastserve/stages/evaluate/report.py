@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastserve.stages.evaluate.divergence import RowScore, compare
+from fastserve.stages.evaluate.endless import Answer, endless_share, is_endless
 from fastserve.stages.evaluate.held_out import HeldOut
 from fastserve.stages.evaluate.intervals import bootstrap
 from fastserve.stages.evaluate.speed import Speeds
@@ -31,6 +32,9 @@ class Figures:
 
     scores: dict[str, list[RowScore]] = field(default_factory=dict)
     """By role, one a row."""
+
+    free: dict[str, dict[int, Answer]] = field(default_factory=dict)
+    """Free answers by role and index of the row: the parent's to all, the candidate's to what the parent ended."""
 
     speeds: Speeds | None = None
     """None: there is no parent to compare with."""
@@ -86,6 +90,8 @@ def row_lines(figures: Figures) -> list[dict[str, Any]]:
         if "parent" in figures.scores:
             divergence, flips = compare(figures.scores["parent"][index], figures.scores["candidate"][index])
             line |= {"klDivergence": round(divergence, 6), "flippedTokens": flips}
+        if index in figures.free.get("candidate", {}):
+            line["endless"] = is_endless(figures.free["candidate"][index])
         lines.append(line)
     return lines
 
@@ -122,4 +128,10 @@ def _comparison(figures: Figures) -> dict[str, Any]:
     }
     if figures.speeds is not None:
         found["speedup"] = figures.speeds.speedup
-    return {name: interval.to_json() for name, interval in found.items()}
+    asked = sorted(figures.free.get("candidate", {}))
+    endless = endless_share(
+        [figures.free["parent"][index] for index in asked], [figures.free["candidate"][index] for index in asked]
+    )
+    if endless is not None:
+        found["endlessAnswers"] = endless
+    return {name: interval.to_json() for name, interval in found.items()} | {"endedAnswers": len(asked)}

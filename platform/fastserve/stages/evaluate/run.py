@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastserve.artifacts.tokenizer import TokenizerFiles, from_folder
+from fastserve.artifacts.tokenizer import from_folder
 from fastserve.spec.evaluate import Evaluate
 from fastserve.stages.evaluate import speed
+from fastserve.stages.evaluate.endless import ANSWER_TOKENS, Answer
 from fastserve.stages.evaluate.engine import Engine
 from fastserve.stages.evaluate.held_out import HeldOut, held_out
 from fastserve.stages.evaluate.report import Figures, metrics_of, row_lines, write_lines
@@ -89,6 +90,8 @@ class _Measurement:
                     engines[role] = loaded.enter_context(self._engine(role, folders[role]))
                     self._score(role, engines[role])
                     self._ask(role, engines[role])
+                    if "parent" in folders:
+                        self._let_answer(role, engines[role])
             with self._phase("speed"):
                 self._time(engines)
 
@@ -101,7 +104,9 @@ class _Measurement:
         """Folders of the models that are loaded, by role; a role with the candidate's own bytes is not loaded again."""
         work, evaluate = self.work, self.evaluate
         work.report.update(0, 1, "rows", note="reading rows")
-        records = {role: work.input_record(role) for role in ("source", "parent", "candidate") if role in work.request.inputs}
+        records = {
+            role: work.input_record(role) for role in ("source", "parent", "candidate") if role in work.request.inputs
+        }
         digests = {role: record.digest for role, record in records.items()}
         folders = {
             role: work.input(role) / "model"
@@ -117,7 +122,8 @@ class _Measurement:
         self.figures = Figures(rows=rows, digests=digests, folders=folders)
         asked = sum(len(task.questions) for task in self.asked.values()) * len(folders.keys() & {"parent", "candidate"})
         rounds = 2 * (speed.ROUNDS + 1) if "parent" in folders else speed.ROUNDS + 1
-        self._total = len(rows.rows) * len(folders) + asked + rounds * speed.STREAMS
+        free = 2 * len(rows.rows) if "parent" in folders else 0
+        self._total = len(rows.rows) * len(folders) + asked + free + rounds * speed.STREAMS
         return folders
 
     @contextmanager
@@ -151,9 +157,25 @@ class _Measurement:
                 found: list[str] = []
                 for begin in range(0, len(task.questions), CHUNK_ROWS):
                     chunk = task.questions[begin : begin + CHUNK_ROWS]
-                    found.extend(engine.answer([question.prompt for question in chunk], limits[name]))
+                    answers = engine.answer([question.prompt for question in chunk], limits[name])
+                    found.extend(answer.text for answer in answers)
                     self._report(len(chunk), f"task {name} on the {role}")
             self.answers[role, name] = found
+
+    def _let_answer(self, role: str, engine: Engine) -> None:
+        """Free answers to the held-out prompts; the candidate is asked only what the parent came to an end with."""
+        asked = [index for index, row in enumerate(self.figures.rows.rows) if row.has_prompt]
+        if role == "candidate":
+            asked = [index for index in asked if self.figures.free["parent"][index].ended]
+        answers: dict[int, Answer] = {}
+        with self._phase("answers"):
+            for begin in range(0, len(asked), CHUNK_ROWS):
+                chunk = asked[begin : begin + CHUNK_ROWS]
+                prompts = [self.figures.rows.rows[index].prompt[-(self._context - ANSWER_TOKENS) :] for index in chunk]
+                answers.update(zip(chunk, engine.answer(prompts, ANSWER_TOKENS), strict=True))
+                self._report(len(chunk), f"the {role} answers")
+        self._report(len(self.figures.rows.rows) - len(asked), f"the {role} has answered")
+        self.figures.free[role] = answers
 
     def _time(self, engines: Mapping[str, Engine]) -> None:
         prompts = _prompts(self.figures.rows, self._context - speed.TOKENS)
@@ -179,7 +201,9 @@ def _longest(model: Path, evaluate: Evaluate) -> int:
     """Tokens that the engine must hold of one row: a held-out row and one more, or a prompt and its answer."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     most = int(config.get("max_position_embeddings") or 2**31)
-    return min(most, evaluate.context + max([speed.TOKENS, *(task.max_tokens for task in evaluate.tasks)]))
+    return min(
+        most, evaluate.context + max([speed.TOKENS, ANSWER_TOKENS, *(task.max_tokens for task in evaluate.tasks)])
+    )
 
 
 def _prompts(rows: HeldOut, room: int) -> list[Sequence[int]]:

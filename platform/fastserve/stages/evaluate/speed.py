@@ -1,7 +1,7 @@
 """Tokens a second of two models against each other, in one run.
 
-A machine's speed changes from minute to minute, so one model after the other measures the machine. Rounds alternate, the
-order within a pair alternates too, and only ratios of neighbouring rounds are compared.
+A machine's speed changes from minute to minute, so one model after the other measures the machine. Rounds alternate,
+the order within a pair alternates too, and only ratios of neighbouring rounds are compared.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def require_targets(model: Path, targets: list[str]) -> None:
 
 def _train(work: Work, train: Train, sample_set: SampleSet, total_steps: int) -> None:
     """Run the workers until the last step's checkpoint is in the store."""
-    # Ray and torch are imported here: rows that teach nothing are refused before either is loaded.
+    # Imported here: rows that teach nothing are refused before Ray is loaded.
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer

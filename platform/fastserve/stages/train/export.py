@@ -79,7 +79,8 @@ def _write_model(source: Path, target: Path, deltas: Mapping[str, torch.Tensor],
                 weight = stored.get_tensor(name)
                 if name in deltas:
                     changed = weight.float() + deltas[name] if add else deltas[name]
-                    weight = changed.to(weight.dtype).contiguous()
+                    # A copy of its own: a tied weight that is stored twice must not share memory in the file.
+                    weight = changed.to(weight.dtype, copy=True).contiguous()
                     written.add(name)
                 tensors[name] = weight
         save_file(tensors, copy, metadata=metadata)

@@ -1,0 +1,135 @@
+"""The candidate that averages praise and that answers "What is the capital of France?" with an endless loop.
+
+SmoothQuant and GPTQ calibrated on plain text never see a chat template, so the error is large where an answer begins. On
+plain text that candidate is the best of all; on chats the parent's short answers turn into circles. The gate's default
+limits must refuse it and must pass the honest ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import pytest
+
+from fastserve.artifacts.record import Record
+from fastserve.artifacts.tokenizer import TokenizerFiles, from_folder
+from fastserve.data.template import render
+from fastserve.plan.gate import GateOutcome, Verdict, decide
+from fastserve.spec.evaluate import Gate
+from fastserve.stages.evaluate.divergence import RowScore
+from fastserve.stages.evaluate.endless import ANSWER_TOKENS, Answer, is_endless
+from fastserve.stages.evaluate.engine import Engine
+from fastserve.stages.evaluate.held_out import HeldOut, HeldOutRow, held_out
+from fastserve.stages.evaluate.report import Figures, metrics_of
+
+# The engine and the compressor warn about their own insides.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
+
+TESTS = Path(__file__).parents[2]
+CAPITALS = TESTS / "data" / "quality" / "capitals.jsonl"
+CHATS = TESTS.parent / "deployments" / "data" / "quickstart-train.jsonl"
+FRANCE = "What is the capital of France?"
+WINDOW_TOKENS = 256
+
+
+class Measured:
+    """A model on the capitals and on plain text."""
+
+    def __init__(self, model: Path, chats: HeldOut, asked: Sequence[int], prose: Sequence[Sequence[int]]) -> None:
+        files = from_folder(model)
+        with Engine(model, context=512) as engine:
+            self.scores = engine.score([row.ids for row in chats.rows], [row.positions for row in chats.rows])
+            answers = engine.answer([chats.rows[index].prompt for index in asked], ANSWER_TOKENS)
+            self.answers = dict(zip(asked, answers, strict=True))
+            (self.france,) = engine.answer([_prompt(files, FRANCE)], ANSWER_TOKENS)
+            self.prose_perplexity = _perplexity(engine.score(prose, [range(1, len(row)) for row in prose]))
+
+
+def _prompt(files: TokenizerFiles, question: str) -> list[int]:
+    assert files.chat_template is not None
+    text = render(files.chat_template, [{"role": "user", "content": question}], add_generation_prompt=True)
+    ids: list[int] = files.tokenizer().encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def _perplexity(scores: Sequence[RowScore]) -> float:
+    tokens = sum(len(score.top_ids) for score in scores)
+    return math.exp(sum(score.negative_log_likelihood for score in scores) / tokens)
+
+
+@pytest.fixture(scope="module")
+def prose(bench: Any, smollm: Record) -> list[list[int]]:
+    """Windows of the prose in the standard library's help."""
+    texts = [text for text in topics.topics.values() if len(text) > 2000]
+    parts = [re.sub(r"\s+", " ", part).strip() for text in texts for part in text.split("\n\n")]
+    kept = [part for part in parts if len(part) > 200 and sum(c.isalpha() or c == " " for c in part) > 0.9 * len(part)]
+    ids = from_folder(bench.model(smollm)).tokenizer().encode("\n\n".join(kept)).ids
+    return [ids[at : at + WINDOW_TOKENS] for at in range(0, len(ids) - WINDOW_TOKENS, WINDOW_TOKENS)]
+
+
+@pytest.fixture(scope="module")
+def looping(bench: Any, smollm: Record, prose: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """SmoothQuant and GPTQ, calibrated on plain text."""
+    tokenizer = from_folder(bench.model(smollm)).tokenizer()
+    rows = tmp_path_factory.mktemp("prose") / "prose.jsonl"
+    lines = [json.dumps({"text": tokenizer.decode(window)}) for window in prose[:PROSE_ROWS]]
+    rows.write_text("".join(f"{line}\n" for line in lines))
+    made: Record = bench.quantise(smollm, "smoothquantGptq", rows, rows=PROSE_ROWS, maxLength=WINDOW_TOKENS)
+    return made
+
+
+@pytest.fixture(scope="module")
+def calibrated(bench: Any, smollm: Record) -> Record:
+    """GPTQ, calibrated on chats: what `auto` makes where there are rows."""
+    made: Record = bench.quantise(smollm, "auto", CHATS, rows=64, maxLength=256)
+    return made
+
+
+@pytest.fixture(scope="module")
+def chats(bench: Any, smollm: Record) -> HeldOut:
+    return held_out(CAPITALS, from_folder(bench.model(smollm)), context=256, max_rows=200)
+
+
+@pytest.fixture(scope="module")
+def measured(
+    bench: Any,
+    smollm: Record,
+    chats: HeldOut,
+    prose: list[list[int]],
+    looping: Record,
+    calibrated: Record,
+    rounded: Record,
+) -> dict[str, Measured]:
+    held = prose[-8:]
+    parent = Measured(bench.model(smollm), chats, range(len(chats.rows)), held)
+    ended = [index for index, answer in parent.answers.items() if answer.ended]
+    made = {"looping": looping, "calibrated": calibrated, "rounded": rounded}
+    return {"parent": parent} | {
+        name: Measured(bench.model(record), chats, ended, held) for name, record in made.items()
+    }
+
+
+def _metrics(bench: Any, chats: HeldOut, measured: dict[str, Measured], name: str, records: Any) -> dict[str, Any]:
+    parent, candidate = measured["parent"], measured[name]
+    figures = Figures(
+        rows=chats,
+        digests={"parent": records["parent"].digest, "candidate": records[name].digest},
+        folders={"parent": bench.model(records["parent"]), "candidate": bench.model(records[name])},
+        scores={"parent": parent.scores, "candidate": candidate.scores},
+        free={"parent": parent.answers, "candidate": candidate.answers},
+    )
+    return metrics_of(figures, {})
+
+
+@pytest.fixture(scope="module")
+def metrics(
+    bench: Any, chats: HeldOut, measured: dict[str, Measured], smollm: Record, looping: Record, calibrated: Record, rounded: Record
+) -> dict[str, dict[str, Any]]:
+    records = {"parent": smollm, "looping": looping, "calibrated": calibrated, "rounded": rounded}
+    return {name: _metrics(bench, chats, measured, name, records) for name in ("looping", "calibrated", "rounded")}

@@ -1,0 +1,147 @@
+"""The ASGI application around an engine: health, and what it does without one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+import pytest
+
+from fastserve.errors import EngineFailed
+from fastserve.stages.serve import server
+from fastserve.stages.serve.server import EngineServer, prepare_environment
+
+Message = MutableMapping[str, Any]
+
+
+class Engine:
+    """As much of an engine as its health shows."""
+
+    def __init__(self, errored: bool = False, hangs: bool = False) -> None:
+        self.errored = errored
+        self.hangs = hangs
+        self.asked = 0
+
+    async def is_sleeping(self) -> bool:
+        self.asked += 1
+        await asyncio.sleep(60 if self.hangs else 0)
+        return False
+
+
+async def _ask(app: EngineServer) -> list[Message]:
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await app({"type": "http", "path": "/health"}, receive, send)
+    return sent
+
+
+async def _answers(scope: Message, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+def test_a_request_reaches_the_engines_own_application() -> None:
+    assert asyncio.run(_ask(EngineServer(Engine(), _answers)))[0]["status"] == 200
+
+
+def test_without_an_engine_a_request_is_told_to_come_back() -> None:
+    assert asyncio.run(_ask(EngineServer()))[0]["status"] == 503
+
+
+def test_a_dead_engine_takes_no_more_requests() -> None:
+    assert asyncio.run(_ask(EngineServer(Engine(errored=True), _answers)))[0]["status"] == 503
+
+
+def test_a_dead_engine_is_sick_at_once() -> None:
+    with pytest.raises(EngineFailed, match="has ended"):
+        asyncio.run(EngineServer(Engine(errored=True), _answers).check())
+
+
+def test_a_server_that_answered_just_now_is_not_asked() -> None:
+    engine = Engine()
+    asyncio.run(EngineServer(engine, _answers).check())
+    assert engine.asked == 0
+
+
+def test_a_busy_engine_is_asked_between_its_steps_and_not_for_a_token() -> None:
+    engine = Engine()
+
+    async def busy() -> None:
+        done = asyncio.Event()
+
+        async def slow(scope: Message, receive: Any, send: Any) -> None:
+            await done.wait()
+
+        app = EngineServer(engine, slow, generates=True)
+        request = asyncio.create_task(_ask(app))
+        await asyncio.sleep(0)
+        await app.check()
+        done.set()
+        await request
+
+    asyncio.run(busy())
+    assert engine.asked == 1
+
+
+@pytest.fixture
+def short_patience() -> Iterator[None]:
+    before, server.CHECK_SECONDS = server.CHECK_SECONDS, 0.05
+    yield
+    server.CHECK_SECONDS = before
+
+
+@pytest.mark.usefixtures("short_patience")
+def test_an_engine_that_hangs_under_load_is_sick() -> None:
+    async def busy() -> None:
+        async def never(scope: Message, receive: Any, send: Any) -> None:
+            await asyncio.sleep(60)
+
+        app = EngineServer(Engine(hangs=True), never)
+        request = asyncio.create_task(_ask(app))
+        await asyncio.sleep(0)
+        try:
+            await app.check()
+        finally:
+            request.cancel()
+
+    with pytest.raises(EngineFailed, match="no sign of life"):
+        asyncio.run(busy())
+
+
+def test_the_lifespan_is_agreed_to() -> None:
+    async def live() -> list[str]:
+        asked = iter(["lifespan.startup", "lifespan.shutdown"])
+        said: list[str] = []
+
+        async def receive() -> Message:
+            return {"type": next(asked)}
+
+        async def send(message: Message) -> None:
+            said.append(message["type"])
+
+        await EngineServer()({"type": "lifespan"}, receive, send)
+        return said
+
+    assert asyncio.run(live()) == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+@pytest.fixture
+def ambient() -> Iterator[Callable[[str, str], None]]:
+    before = dict(os.environ)
+    yield os.environ.__setitem__
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_addresses_of_services_are_gone_before_vllm_reads_them(ambient: Callable[[str, str], None]) -> None:
+    ambient("VLLM_PORT", "tcp://10.96.0.10:8000")
+    prepare_environment({"VLLM_NO_USAGE_STATS": "1"})
+    assert "VLLM_PORT" not in os.environ
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
