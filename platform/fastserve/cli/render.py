@@ -92,7 +92,7 @@ def sheet(plan: Sheet, console: Console | None = None) -> None:
             (
                 s.stage,
                 s.state,
-                "" if s.seconds is None else f"~{show_duration(s.seconds)}",
+                "" if not s.seconds else f"~{show_duration(s.seconds)}",
                 (s.key or "")[:12],
                 s.because,
             )

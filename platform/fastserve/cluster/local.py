@@ -97,7 +97,7 @@ class LocalCluster:
         return {} if endpoint is None else ServeApi(endpoint.dashboard_url, endpoint.token).get()
 
     def forget_failed(self) -> None:
-        """Take away applications whose engine did not come up: the user asked again, and asking again is trying again."""
+        """Take away applications whose engine did not come up: asking again is trying again."""
         for app, status in self.apps().items():
             if status.state == "DEPLOY_FAILED":
                 self.home.stop_serving(app)

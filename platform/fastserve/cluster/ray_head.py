@@ -241,6 +241,8 @@ class RayHead:
                 "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "2",
                 # What a stage may take to clean up after SIGTERM before it is killed; Ray gives 3 s.
                 "RAY_JOB_STOP_WAIT_TIME_S": "20",
+                # Beside the store, not in /tmp, which is often small; a model is written there whole.
+                "FASTSERVE_SCRATCH": os.environ.get("FASTSERVE_SCRATCH") or str(self._home.path / "scratch"),
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0))),
             }
         )

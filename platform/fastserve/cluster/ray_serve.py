@@ -7,6 +7,7 @@ when to add one, how long to drain) goes under `deployments:`, where a change ke
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -68,7 +69,7 @@ class AppStatus:
     """NOT_STARTED, DEPLOYING, RUNNING, UNHEALTHY, DEPLOY_FAILED or DELETING."""
 
     message: str = ""
-    """What Serve says of the application and, where something is wrong, of its deployments."""
+    """Why it stands so: our own error where a replica raised one, else what Serve says of it and of its deployments."""
 
     replicas: int = 0
     """Replicas that take requests."""
@@ -86,10 +87,19 @@ class AppStatus:
         return cls(
             name=name,
             state=value["status"],
-            message="\n".join(dict.fromkeys(text for text in said if text)),
+            message=_cause("\n".join(dict.fromkeys(text for text in said if text))),
             replicas=sum(replica.state == "RUNNING" for item in deployments.values() for replica in item.replicas),
             deployments=deployments,
         )
+
+
+_OUR_ERROR = re.compile(r"^(?:ray\.exceptions\.RayTaskError\(\w+\): )?fastserve\.errors\.(\w+: .+)$", re.MULTILINE)
+
+
+def _cause(said: str) -> str:
+    """The error of ours that Serve quotes at the end of a traceback; the whole text when there is none."""
+    errors: list[str] = _OUR_ERROR.findall(said)
+    return errors[-1] if errors else said
 
 
 def _deployment(value: Mapping[str, Any]) -> DeploymentStatus:

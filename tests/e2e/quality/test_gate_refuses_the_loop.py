@@ -129,7 +129,13 @@ def _metrics(bench: Any, chats: HeldOut, measured: dict[str, Measured], name: st
 
 @pytest.fixture(scope="module")
 def metrics(
-    bench: Any, chats: HeldOut, measured: dict[str, Measured], smollm: Record, looping: Record, calibrated: Record, rounded: Record
+    bench: Any,
+    chats: HeldOut,
+    measured: dict[str, Measured],
+    smollm: Record,
+    looping: Record,
+    calibrated: Record,
+    rounded: Record,
 ) -> dict[str, dict[str, Any]]:
     records = {"parent": smollm, "looping": looping, "calibrated": calibrated, "rounded": rounded}
     return {name: _metrics(bench, chats, measured, name, records) for name in ("looping", "calibrated", "rounded")}

@@ -25,7 +25,8 @@ def home(tmp_path: Path) -> Home:
 
 
 def model(name: str = "chat"):
-    text = f"apiVersion: fastserve.dev/v1alpha1\nkind: Model\nmetadata: {{name: {name}}}\nspec: {{source: hf://a/b, serve: {{}}}}"
+    head = "apiVersion: fastserve.dev/v1alpha1\nkind: Model\n"
+    text = f"{head}metadata: {{name: {name}}}\nspec: {{source: hf://a/b, serve: {{}}}}"
     return read(text)[0]
 
 

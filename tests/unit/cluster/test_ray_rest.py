@@ -235,6 +235,19 @@ def test_an_application_says_how_it_stands(head: Head) -> None:
     assert [replica.pid for replica in status.deployments["engine"].replicas] == [7, None]
 
 
+def test_of_a_replicas_traceback_the_cause_is_told(head: Head) -> None:
+    said = (
+        "The deployment failed to start 2 times in a row. Error:\nray::ServeReplica.initialize() (pid=1)\n"
+        '  File "app.py", line 3, in __init__\nfastserve.errors.EngineFailed: vLLM refuses its arguments; change X\n'
+    )
+    deployments = {"engine": {"status": "UNHEALTHY", "message": said, "replicas": []}}
+    head.serve = {"applications": {"m-1": {"status": "DEPLOY_FAILED", "message": "", "deployments": deployments}}}
+    status = ServeApi(head.url, TOKEN).get()["m-1"]
+    assert status.message == "EngineFailed: vLLM refuses its arguments; change X"
+    assert status.deployments is not None
+    assert status.deployments["engine"].message == said, "the whole of it is kept for the log"
+
+
 def test_a_put_names_every_application_and_stays_on_loopback(head: Head) -> None:
     ServeApi(head.url, TOKEN).put([{"name": "a"}, {"name": "b"}], 8123)
     assert [app["name"] for app in head.put["applications"]] == ["a", "b"]
