@@ -49,6 +49,7 @@ def tiny_rows(path: Path, start: int, count: int) -> Path:
 
 def tiny_manifest(folder: Path) -> Path:
     """All stages, around the tiny model."""
+    folder.mkdir(exist_ok=True)
     tiny_model(folder / "model")
     tiny_rows(folder / "train.jsonl", 0, 64)
     tiny_rows(folder / "held.jsonl", 1000, 16)

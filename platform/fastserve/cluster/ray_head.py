@@ -159,9 +159,9 @@ class RayHead:
         return self._home.path / "logs" / "ray-head.log"
 
     def _make_token(self) -> None:
-        if self.token_path.exists():
-            return
-        handle = os.open(self.token_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        if self.token_path.exists() and self.token_path.read_text().strip():
+            return  # kept: a head that runs knows it
+        handle = os.open(self.token_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(handle, "w") as file:
             file.write(secrets.token_hex(32))
 
@@ -237,7 +237,7 @@ class RayHead:
                 "RAY_agent_register_timeout_ms": "400000",
                 # Replicas drain when their application is taken away; stopping the head is the end of all of them.
                 "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-                # How often a replica that cannot start is tried before its application counts as failed; Ray tries 3 times.
+                # Tries of a replica that cannot start, before its application counts as failed; Ray's own number is 3.
                 "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "2",
                 # What a stage may take to clean up after SIGTERM before it is killed; Ray gives 3 s.
                 "RAY_JOB_STOP_WAIT_TIME_S": "20",

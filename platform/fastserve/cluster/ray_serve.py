@@ -192,8 +192,8 @@ def scale(replicas: Replicas, target: Target) -> dict[str, Any]:
     """How many replicas there may be and what to aim at, in Serve's words.
 
     A fixed number is written as bounds that meet: to Serve an application that begins or ceases to have such a block is
-    new code (Ray 2.60, `get_app_code_version`), and it would replace every replica. Without `metrics_interval_s` Ray 2.60
-    takes 10 s to notice load, whatever its documented variables say.
+    new code (Ray 2.60, `get_app_code_version`), and it would replace every replica. Without `metrics_interval_s` Ray
+    2.60 takes 10 s to notice load, whatever its documented variables say.
     """
     return {
         "num_replicas": "auto",

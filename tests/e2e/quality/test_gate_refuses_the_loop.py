@@ -1,8 +1,8 @@
 """The candidate that averages praise and that answers "What is the capital of France?" with an endless loop.
 
-SmoothQuant and GPTQ calibrated on plain text never see a chat template, so the error is large where an answer begins. On
-plain text that candidate is the best of all; on chats the parent's short answers turn into circles. The gate's default
-limits must refuse it and must pass the honest ones.
+SmoothQuant and GPTQ calibrated on plain text never see a chat template, so the error is large where an answer begins.
+On plain text that candidate is the best of all; on chats the parent's short answers turn into circles. The gate's
+default limits must refuse it and must pass the honest ones.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data import topics
-from typing import Any
 
 import pytest
+from quality_bench import Bench
 
 from fastserve.artifacts.record import Record
 from fastserve.artifacts.tokenizer import TokenizerFiles, from_folder
@@ -23,9 +23,9 @@ from fastserve.data.template import render
 from fastserve.plan.gate import GateOutcome, Verdict, decide
 from fastserve.spec.evaluate import Gate
 from fastserve.stages.evaluate.divergence import RowScore
-from fastserve.stages.evaluate.endless import ANSWER_TOKENS, Answer, is_endless
+from fastserve.stages.evaluate.endless import ANSWER_TOKENS, is_endless
 from fastserve.stages.evaluate.engine import Engine
-from fastserve.stages.evaluate.held_out import HeldOut, HeldOutRow, held_out
+from fastserve.stages.evaluate.held_out import HeldOut, held_out
 from fastserve.stages.evaluate.report import Figures, metrics_of
 
 # The engine and the compressor warn about their own insides.
@@ -36,6 +36,7 @@ CAPITALS = TESTS / "data" / "quality" / "capitals.jsonl"
 CHATS = TESTS.parent / "deployments" / "data" / "quickstart-train.jsonl"
 FRANCE = "What is the capital of France?"
 WINDOW_TOKENS = 256
+PROSE_ROWS = 16
 
 
 class Measured:
@@ -64,7 +65,7 @@ def _perplexity(scores: Sequence[RowScore]) -> float:
 
 
 @pytest.fixture(scope="module")
-def prose(bench: Any, smollm: Record) -> list[list[int]]:
+def prose(bench: Bench, smollm: Record) -> list[list[int]]:
     """Windows of the prose in the standard library's help."""
     texts = [text for text in topics.topics.values() if len(text) > 2000]
     parts = [re.sub(r"\s+", " ", part).strip() for text in texts for part in text.split("\n\n")]
@@ -74,7 +75,7 @@ def prose(bench: Any, smollm: Record) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def looping(bench: Any, smollm: Record, prose: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Record:
+def looping(bench: Bench, smollm: Record, prose: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Record:
     """SmoothQuant and GPTQ, calibrated on plain text."""
     tokenizer = from_folder(bench.model(smollm)).tokenizer()
     rows = tmp_path_factory.mktemp("prose") / "prose.jsonl"
@@ -85,20 +86,20 @@ def looping(bench: Any, smollm: Record, prose: list[list[int]], tmp_path_factory
 
 
 @pytest.fixture(scope="module")
-def calibrated(bench: Any, smollm: Record) -> Record:
+def calibrated(bench: Bench, smollm: Record) -> Record:
     """GPTQ, calibrated on chats: what `auto` makes where there are rows."""
     made: Record = bench.quantise(smollm, "auto", CHATS, rows=64, maxLength=256)
     return made
 
 
 @pytest.fixture(scope="module")
-def chats(bench: Any, smollm: Record) -> HeldOut:
+def chats(bench: Bench, smollm: Record) -> HeldOut:
     return held_out(CAPITALS, from_folder(bench.model(smollm)), context=256, max_rows=200)
 
 
 @pytest.fixture(scope="module")
 def measured(
-    bench: Any,
+    bench: Bench,
     smollm: Record,
     chats: HeldOut,
     prose: list[list[int]],
@@ -115,27 +116,49 @@ def measured(
     }
 
 
-def _metrics(bench: Any, chats: HeldOut, measured: dict[str, Measured], name: str, records: Any) -> dict[str, Any]:
-    parent, candidate = measured["parent"], measured[name]
-    figures = Figures(
-        rows=chats,
-        digests={"parent": records["parent"].digest, "candidate": records[name].digest},
-        folders={"parent": bench.model(records["parent"]), "candidate": bench.model(records[name])},
-        scores={"parent": parent.scores, "candidate": candidate.scores},
-        free={"parent": parent.answers, "candidate": candidate.answers},
-    )
-    return metrics_of(figures, {})
-
-
 @pytest.fixture(scope="module")
-def metrics(
-    bench: Any,
+def verdicts(
+    bench: Bench,
     chats: HeldOut,
     measured: dict[str, Measured],
     smollm: Record,
     looping: Record,
     calibrated: Record,
     rounded: Record,
-) -> dict[str, dict[str, Any]]:
-    records = {"parent": smollm, "looping": looping, "calibrated": calibrated, "rounded": rounded}
-    return {name: _metrics(bench, chats, measured, name, records) for name in ("looping", "calibrated", "rounded")}
+) -> dict[str, Verdict]:
+    """What the gate's default limits say of each candidate."""
+    parent, found = measured["parent"], {}
+    for name, record in {"looping": looping, "calibrated": calibrated, "rounded": rounded}.items():
+        figures = Figures(
+            rows=chats,
+            digests={"parent": smollm.digest, "candidate": record.digest},
+            folders={"parent": bench.model(smollm), "candidate": bench.model(record)},
+            scores={"parent": parent.scores, "candidate": measured[name].scores},
+            free={"parent": parent.answers, "candidate": measured[name].answers},
+        )
+        found[name] = decide(metrics_of(figures, {}), Gate())
+        print(name, measured[name].prose_perplexity, repr(measured[name].france.text), found[name].rows)
+    return found
+
+
+def test_on_plain_text_the_looping_candidate_is_the_best(measured: dict[str, Measured]) -> None:
+    best = min(("looping", "calibrated", "rounded"), key=lambda name: measured[name].prose_perplexity)
+    assert best == "looping"
+
+
+def test_it_answers_a_common_question_without_end_where_the_others_say_paris(measured: dict[str, Measured]) -> None:
+    assert is_endless(measured["looping"].france)
+    for name in ("parent", "calibrated", "rounded"):
+        assert measured[name].france.ended
+        assert "Paris" in measured[name].france.text
+
+
+def test_the_gate_fails_it_for_its_endless_answers(verdicts: dict[str, Verdict]) -> None:
+    assert verdicts["looping"].outcome is GateOutcome.FAIL
+    failed = {row.name for row in verdicts["looping"].rows if row.outcome is GateOutcome.FAIL}
+    assert "endlessAnswers" in failed
+
+
+@pytest.mark.parametrize("name", ["calibrated", "rounded"])
+def test_the_gate_passes_the_honest_ones(name: str, verdicts: dict[str, Verdict]) -> None:
+    assert verdicts[name].outcome is GateOutcome.PASS, verdicts[name].reasons

@@ -1,7 +1,7 @@
 """Keeps a replica's own ports on loopback.
 
-Serve opens a second server in every replica, for calls between deployments. It binds all interfaces, asks for no token and
-unpickles what it is sent, so whoever reaches it runs code here. No request of ours takes that way.
+Serve opens a second server in every replica, for calls between deployments. It binds all interfaces, asks for no token
+and unpickles what it is sent, so whoever reaches it runs code here. No request of ours takes that way.
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ class EngineServer:
     """An engine and the ASGI application in front of it."""
 
     def __init__(self, engine: Any = None, app: Any = None, generates: bool = False) -> None:
-        """engine, app: ones that run already; without them `start` makes them. generates: whether it answers with text."""
+        """engine, app: ones that run already; without them `start` makes them.
+
+        generates: whether the engine answers with text, so that it can be asked for a token.
+        """
         self._context: AbstractAsyncContextManager[Any] | None = None
         self._engine = engine
         self._app = app
