@@ -202,8 +202,8 @@ def _identical(metrics: Mapping[str, Any]) -> bool:
 def _endless(raw: Any, limit: float, same: bool) -> Limit:
     """The one limit that refuses only what is beyond doubt and is never undecided.
 
-    A few hundred answers cannot show that endless ones are rarer than one in two hundred, but they can show the
-    opposite: each was seen.
+    A hundred answers cannot show that endless ones are rarer than one in a hundred, but they can show the opposite:
+    each was seen.
     """
     bound = _Bound("endlessAnswers", limit, False, True, "")
     interval, trouble = _read(raw, None)

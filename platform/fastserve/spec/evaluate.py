@@ -66,7 +66,7 @@ class Gate(Section):
     flipped_tokens: Annotated[Share, Field(le=1)] | None = 0.10
     """Largest share of positions where the greedy token differs from the parent's."""
 
-    endless_answers: Annotated[Share, Field(le=1)] | None = 0.005
+    endless_answers: Annotated[Share, Field(le=1)] | None = 0.01
     """Largest share of answers that repeat a phrase without end where the parent's end; judged by the lower end."""
 
     speedup: Annotated[Number, Field(gt=0)] | None = None

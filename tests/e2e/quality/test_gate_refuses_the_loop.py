@@ -1,8 +1,8 @@
 """The candidate that averages praise and that answers "What is the capital of France?" with an endless loop.
 
-SmoothQuant and GPTQ calibrated on plain text never see a chat template, so the error is large where an answer begins.
-On plain text that candidate is the best of all; on chats the parent's short answers turn into circles. The gate's
-default limits must refuse it and must pass the honest ones.
+SmoothQuant and GPTQ calibrated on plain text never see a chat template. On plain text that candidate is the best of
+all; on chats the parent's short answers turn into circles. The same method calibrated on chats, and rounding to nearest,
+answer as they should. The quickstart's own gate must tell them apart.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from fastserve.artifacts.record import Record
 from fastserve.artifacts.tokenizer import TokenizerFiles, from_folder
 from fastserve.data.template import render
 from fastserve.plan.gate import GateOutcome, Verdict, decide
-from fastserve.spec.evaluate import Gate
+from fastserve.spec.load import read_file
+from fastserve.spec.model import Model
 from fastserve.stages.evaluate.divergence import RowScore
 from fastserve.stages.evaluate.endless import ANSWER_TOKENS, is_endless
 from fastserve.stages.evaluate.engine import Engine
@@ -33,7 +34,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.filterwarni
 
 TESTS = Path(__file__).parents[2]
 CAPITALS = TESTS / "data" / "quality" / "capitals.jsonl"
-CHATS = TESTS.parent / "deployments" / "data" / "quickstart-train.jsonl"
+ROOT = TESTS.parent
+CHATS = ROOT / "deployments" / "data" / "quickstart-train.jsonl"
 FRANCE = "What is the capital of France?"
 WINDOW_TOKENS = 256
 PROSE_ROWS = 16
@@ -81,15 +83,13 @@ def looping(bench: Bench, smollm: Record, prose: list[list[int]], tmp_path_facto
     rows = tmp_path_factory.mktemp("prose") / "prose.jsonl"
     lines = [json.dumps({"text": tokenizer.decode(window)}) for window in prose[:PROSE_ROWS]]
     rows.write_text("".join(f"{line}\n" for line in lines))
-    made: Record = bench.quantise(smollm, "smoothquantGptq", rows, rows=PROSE_ROWS, maxLength=WINDOW_TOKENS)
-    return made
+    return bench.quantise(smollm, "smoothquantGptq", rows, rows=PROSE_ROWS, maxLength=WINDOW_TOKENS)
 
 
 @pytest.fixture(scope="module")
 def calibrated(bench: Bench, smollm: Record) -> Record:
-    """GPTQ, calibrated on chats: what `auto` makes where there are rows."""
-    made: Record = bench.quantise(smollm, "auto", CHATS, rows=64, maxLength=256)
-    return made
+    """The same method, calibrated on chats."""
+    return bench.quantise(smollm, "smoothquantGptq", CHATS, rows=64, maxLength=256)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,10 @@ def verdicts(
     calibrated: Record,
     rounded: Record,
 ) -> dict[str, Verdict]:
-    """What the gate's default limits say of each candidate."""
+    """What the quickstart's gate says of each candidate."""
+    (manifest,) = read_file(ROOT / "deployments" / "01-quickstart.yaml")
+    assert isinstance(manifest, Model)
+    assert manifest.spec.evaluate is not None
     parent, found = measured["parent"], {}
     for name, record in {"looping": looping, "calibrated": calibrated, "rounded": rounded}.items():
         figures = Figures(
@@ -136,7 +139,7 @@ def verdicts(
             scores={"parent": parent.scores, "candidate": measured[name].scores},
             free={"parent": parent.answers, "candidate": measured[name].answers},
         )
-        found[name] = decide(metrics_of(figures, {}), Gate())
+        found[name] = decide(metrics_of(figures, {}), manifest.spec.evaluate.gate)
         print(name, measured[name].prose_perplexity, repr(measured[name].france.text), found[name].rows)
     return found
 

@@ -211,7 +211,7 @@ def test_rows_read_as_text_and_as_json():
     assert plain["limits"][0]["measured"] == {"value": 0.02, "low": 0.015, "high": 0.025}
 
 
-@pytest.mark.parametrize(("low", "outcome"), [(0.0, "pass"), (0.005, "pass"), (0.0051, "fail")])
+@pytest.mark.parametrize(("low", "outcome"), [(0.0, "pass"), (0.01, "pass"), (0.0101, "fail")])
 def test_endless_answers_are_refused_only_beyond_doubt_and_never_left_undecided(low, outcome):
     seen = {"value": 0.03, "low": low, "high": 0.2}
     assert outcomes(decide(metrics(endlessAnswers=seen), gate()))["endlessAnswers"] == outcome
