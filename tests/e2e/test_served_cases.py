@@ -18,9 +18,7 @@ CASES = ROOT / "tests" / "data" / "cases"
 
 def write(folder: Path, name: str, spec: str) -> str:
     path = folder / f"{name}.yaml"
-    path.write_text(
-        f"apiVersion: fastserve.dev/v1alpha1\nkind: Model\nmetadata: {{name: {name}}}\nspec: {spec}\n"
-    )
+    path.write_text(f"apiVersion: fastserve.dev/v1alpha1\nkind: Model\nmetadata: {{name: {name}}}\nspec: {spec}\n")
     return str(path)
 
 
@@ -47,7 +45,9 @@ def test_a_header_with_the_wrong_end_token_does_not_keep_the_answer_going(laptop
     assert chunks[-1]["finish_reason"] == "stop"
 
 
-def test_the_whole_job_with_its_artifacts_on_s3(laptop: Laptop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_job_with_its_artifacts_on_s3(
+    laptop: Laptop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = tiny_manifest(tmp_path / "tiny")
     with moto_server() as server:
         for name, value in server.environment.items():

@@ -142,11 +142,11 @@ def _dataset(calibration: Sequence[Sequence[int]]) -> Dataset:
 
 
 def _quiet() -> None:
-    """Warnings only, to the console; no log file in the working folder."""
+    """Errors only (its metrics have a level of their own above warnings), and no log file in the working folder."""
     from llmcompressor.logger import LoggerConfig, configure_logger
 
-    os.environ["LLM_COMPRESSOR_LOG_LEVEL"] = "WARNING"
+    os.environ["LLM_COMPRESSOR_LOG_LEVEL"] = "ERROR"
     os.environ.pop("LLM_COMPRESSOR_LOG_FILE_LEVEL", None)
-    configure_logger(LoggerConfig(console_log_level="WARNING", log_file=None, log_file_level=None))
+    configure_logger(LoggerConfig(console_log_level="ERROR", log_file=None, log_file_level=None))
     for noisy in ("datasets", "transformers", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
