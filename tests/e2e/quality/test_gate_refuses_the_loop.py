@@ -1,8 +1,9 @@
 """The candidate that averages praise and that answers "What is the capital of France?" with an endless loop.
 
-SmoothQuant and GPTQ calibrated on plain text never see a chat template. On plain text that candidate is the best of
-all; on chats the parent's short answers turn into circles. The same method calibrated on chats, and rounding to nearest,
-answer as they should. The quickstart's own gate must tell them apart.
+SmoothQuant and GPTQ calibrated on 64 rows of plain text give the best int8 model on plain text, by perplexity, and no
+worse a divergence or share of flipped tokens on chats than rounding to nearest. Its answers turn into circles all the
+same. The same method calibrated on chats, and rounding to nearest, answer as they should. The quickstart's own gate
+must tell them apart.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ROOT = TESTS.parent
 CHATS = ROOT / "deployments" / "data" / "quickstart-train.jsonl"
 FRANCE = "What is the capital of France?"
 WINDOW_TOKENS = 256
-PROSE_ROWS = 16
+PROSE_ROWS = 64
 
 
 class Measured:
@@ -140,7 +141,6 @@ def verdicts(
             free={"parent": parent.answers, "candidate": measured[name].answers},
         )
         found[name] = decide(metrics_of(figures, {}), manifest.spec.evaluate.gate)
-        print(name, measured[name].prose_perplexity, repr(measured[name].france.text), found[name].rows)
     return found
 
 

@@ -1,7 +1,7 @@
 """The rows that quantisation measures on, as the model will see them: in its own chat template.
 
-Activations of plain text are not those of a conversation. A model that was calibrated on prose can keep its perplexity
-on prose and lose the first word of an answer.
+Activations of plain text are not those of a conversation: text has neither the template's special tokens nor its
+turns, and they are where the largest activations are.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class _Run:
             self.run = state.load(self.store, self.task.request, step, self.flat.state())
         self.flat.resume(self.run.step)
         self.began_at = time.monotonic()
-        self._report("training", step=self.run.step)
+        self._report("training")
 
     def _step(self, batch: Any) -> dict[str, Any]:
         train, step = self.task.train, self.run.step
