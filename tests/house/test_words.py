@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 MACHINE_PATH = re.compile(r"(?<![\w.~/}$-])/(?:work|root|farm)(?:/|\b)")
 REGISTRY = re.compile(
     r"(?:--(?:extra-)?index-url|--find-links|--trusted-host)\b"
-    r"|\b(?:pypi\.org|pythonhosted\.org|registry\.npmjs\.org|proxy\.golang\.org|sum\.golang\.org)\b"
+    r"|\b(?:p[y]pi\.org|p[y]thonhosted\.org|registry\.n[p]mjs\.org|(?:proxy|sum)\.g[o]lang\.org)\b"
 )
 """Where packages come from is the business of whoever installs: a mirror, a proxy, a folder of wheels."""
 

@@ -23,8 +23,9 @@ from fastserve.gateway.routes import Choice, Router
 from fastserve.gateway.sse import EventCutter, usage_tokens
 
 TRIES = 2
-PAUSE_SECONDS = 0.1
-"""Before the same target is tried again: its proxy needs a moment to notice a dead replica."""
+PAUSE_SECONDS = 0.6
+"""Before the same target is tried again: a replica whose engine died is gone after about 0.4 s, and then Serve holds
+the request until the next one is up."""
 
 CONNECT_SECONDS = 5.0
 KEEP_ALIVE_SECONDS = 4.0
