@@ -33,6 +33,11 @@ SPARE_SLOTS = 4
 """Requests let into a replica beyond the engine's slots: the next ones are at hand when a slot falls free, and
 `/health` and `/metrics` get through. All others wait in Serve, where they survive a crash of the replica."""
 
+QUEUED_ROUNDS = 8
+"""Requests let into a replica whose scheduler chooses among them (priority, mlfq), in multiples of the engine's slots:
+it can only choose among those that it sees. The excess dies with the replica, so the number is not higher than
+needed."""
+
 METRICS_SECONDS = 0.5
 LOOK_BACK_SECONDS = 2.0
 UPSCALE_SECONDS = 2.0
@@ -177,7 +182,7 @@ def app_for(
             {
                 "name": DEPLOYMENT,
                 **scale(serve.replicas, serve.target),
-                "max_ongoing_requests": plan_cache(facts, section, hardware).sequences + SPARE_SLOTS,
+                "max_ongoing_requests": _most_at_once(section, facts, hardware),
                 "graceful_shutdown_timeout_s": serve.stream_limit + DRAIN_MARGIN_SECONDS,
                 "ray_actor_options": {
                     "num_cpus": cpus,
@@ -186,6 +191,12 @@ def app_for(
             }
         ],
     }
+
+
+def _most_at_once(section: Serve, facts: ModelFacts, hardware: Hardware) -> int:
+    """Requests that Serve lets into a replica at the same time."""
+    rounds = 1 if section.scheduler == "fcfs" else QUEUED_ROUNDS
+    return rounds * plan_cache(facts, section, hardware).sequences + SPARE_SLOTS
 
 
 def scale(replicas: Replicas, target: Target) -> dict[str, Any]:

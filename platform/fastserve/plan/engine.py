@@ -7,15 +7,24 @@ same engine.
 
 from __future__ import annotations
 
+import json
+
 from fastserve.errors import ManifestInvalid
 from fastserve.plan.engine_rules import problems_in
 from fastserve.plan.facts import Hardware, ModelFacts
 from fastserve.plan.memory import KV_BLOCK_TOKENS, plan_cache
 from fastserve.plan.revision import Revision
-from fastserve.spec.serve import Serve
+from fastserve.spec.serve import SchedulerOptions, Serve
 
 RUNNERS = {"generate": "generate", "embed": "pooling", "score": "pooling", "transcribe": "generate"}
 """vLLM's runner by serve.task."""
+
+MLFQ = "fastserve.stages.serve.mlfq.scheduler"
+"""What vLLM imports for `serve.scheduler: mlfq`."""
+
+MLFQ_BLOCK_TOKENS = 32
+"""Tokens in one block of the KV cache on CPU under mlfq: the smallest that vLLM's kernels there take. Only whole blocks
+are kept, so a request that resumes computes up to one block again."""
 
 
 def check_extra_args(serve: Serve) -> None:
@@ -49,10 +58,22 @@ def engine_args(revision: Revision, facts: ModelFacts, hardware: Hardware) -> li
     if cache.kv_cache_bytes is not None:
         found.append(f"--kv-cache-memory-bytes={cache.kv_cache_bytes}")
     if on_cpu and not any(item.split("=")[0] == "--block-size" for item in serve.engine.extra_args):
-        found.append(f"--block-size={KV_BLOCK_TOKENS}")
+        found.append(f"--block-size={MLFQ_BLOCK_TOKENS if serve.scheduler == 'mlfq' else KV_BLOCK_TOKENS}")
     if serve.engine.tensor_parallel is not None:
         found.append(f"--tensor-parallel-size={serve.engine.tensor_parallel}")
-    return found + list(serve.engine.extra_args)
+    return found + _scheduler_args(serve) + list(serve.engine.extra_args)
+
+
+def _scheduler_args(serve: Serve) -> list[str]:
+    """mlfq is vLLM's priority policy with a scheduler of ours in front, which keeps the priorities."""
+    if serve.scheduler == "fcfs":
+        return []
+    found = ["--scheduling-policy=priority"]
+    if serve.scheduler == "mlfq":
+        options = serve.scheduler_options or SchedulerOptions()
+        told = {"levels": options.levels, "quantum": options.quantum, "starvation": options.starvation}
+        found += [f"--scheduler-cls={MLFQ}", f"--additional-config={json.dumps({'mlfq': told})}"]
+    return found
 
 
 def engine_env(revision: Revision, hardware: Hardware) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any, Self
 from fastserve.plan.digest import digest_of
 from fastserve.plan.keys import ident_of
 from fastserve.plan.stages import Stage
-from fastserve.spec.serve import Serve
+from fastserve.spec.serve import SchedulerOptions, Serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,10 @@ def deciding(serve: Serve, digests: Mapping[str, str]) -> dict[str, Any]:
     part: dict[str, Any] = serve.model_dump(mode="json", by_alias=True, include=deciders)
     kv_cache_bytes = serve.engine.kv_cache
     part["engine"]["kvCache"] = None if kv_cache_bytes is None else f"{kv_cache_bytes}B"
+    if serve.scheduler == "mlfq":
+        options = serve.scheduler_options or SchedulerOptions()
+        part["schedulerOptions"] = options.model_dump(by_alias=True)
+        part["schedulerOptions"]["starvation"] = f"{max(1, round(options.starvation * 1000))}ms"
     part["adapters"] = [
         {"name": adapter.name, "digest": digests[ident_of(adapter.source)]} for adapter in serve.adapters
     ]

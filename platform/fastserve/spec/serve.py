@@ -48,6 +48,20 @@ class Target(Section):
     """Requests waiting or running for each replica."""
 
 
+class SchedulerOptions(Section):
+    """Settings of `scheduler: mlfq`."""
+
+    levels: Annotated[Whole, Field(ge=2, le=8)] = 3
+    """Levels of the queue. Few are better: with many, long requests take turns and all of them end late."""
+
+    quantum: Positive | None = None
+    """Tokens that an answer may have before it sinks from the first level; four times as many at each next one.
+    Absent: every replica learns it from its own answers."""
+
+    starvation: Annotated[Duration, Field(gt=0)] = 30.0
+    """Longest time without a token before a waiting request goes back to the first level."""
+
+
 class Engine(Section):
     """Settings of the vLLM engine. What is left out is derived from the model, the memory plan and the profile."""
 
@@ -125,6 +139,9 @@ class Serve(Section):
     scheduler: Literal["fcfs", "priority", "mlfq"] = "fcfs"
     """Order of requests in a replica: first come first served, by priority, or skip-join multi-level feedback queue."""
 
+    scheduler_options: SchedulerOptions | None = None
+    """Settings of `scheduler: mlfq`; absent: its defaults."""
+
     context: Positive | None = None
     """Longest prompt and answer together, in tokens; absent: what the model was made for, as far as memory allows."""
 
@@ -139,6 +156,23 @@ class Serve(Section):
 
     stream_limit: Annotated[Duration, Field(gt=0)] = 600.0
     """Longest answer in time; replicas that are taken away wait this long for their streams."""
+
+    @model_validator(mode="after")
+    def _options_belong_to_mlfq(self) -> Self:
+        if self.scheduler != "mlfq" and self.scheduler_options is not None:
+            message = f"belongs to mlfq, and scheduler is {self.scheduler}; remove schedulerOptions"
+            raise wrong_at("schedulerOptions", message)
+        return self
+
+    @model_validator(mode="after")
+    def _mlfq_has_a_cache_to_resume_from(self) -> Self:
+        if self.scheduler == "mlfq" and not self.engine.prefix_caching:
+            raise wrong_at(
+                "scheduler",
+                "is mlfq, which resumes requests from the prefix cache; remove engine.prefixCaching: false, "
+                "or write fcfs",
+            )
+        return self
 
     @model_validator(mode="after")
     def _adapters_have_names_of_their_own(self) -> Self:

@@ -87,6 +87,12 @@ def test_a_replica_takes_little_more_than_the_engine_has_slots() -> None:
     assert app["deployments"][0]["max_ongoing_requests"] == 36
 
 
+def test_a_scheduler_that_chooses_sees_more_requests_than_there_are_slots() -> None:
+    for scheduler in ("priority", "mlfq"):
+        app = _app({"scheduler": scheduler, "engine": {"maxSequences": 32}})
+        assert app["deployments"][0]["max_ongoing_requests"] == 8 * 32 + 4
+
+
 def test_a_replica_that_is_taken_away_outlives_the_longest_stream() -> None:
     assert _app(light={"streamLimit": "10m"})["deployments"][0]["graceful_shutdown_timeout_s"] > 600
 
