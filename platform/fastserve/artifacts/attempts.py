@@ -4,7 +4,7 @@ An attempt is claimed by creating its request.json, writes only under its own nu
 creating record.json, last and once. Whatever dies half-way leaves files that no record names; nobody reads them.
 
     artifacts/<stage>/<key>/record.json
-    artifacts/<stage>/<key>/attempts/<n>/{request,progress,failure,seal}.json
+    artifacts/<stage>/<key>/attempts/<n>/{request,progress,failure,seal}.json, curve.jsonl of a train stage
     artifacts/<stage>/<key>/attempts/<n>/files/...
 
 `seal.json` settles the one race that record.json cannot: a commit that pauses before its last step, and a discard that
@@ -29,6 +29,9 @@ from fastserve.plan.stages import Stage, StageRequest
 
 _PROCESS = secrets.token_hex(8)
 """Lets a process try its own commit again, and no other process commit under the same attempt."""
+
+CURVE = "curve.jsonl"
+"""The loss of a training run, beside an attempt's progress and among an artifact's files."""
 
 _CLAIM = re.compile(r"([1-9][0-9]{0,8})/request\.json")
 
@@ -154,6 +157,25 @@ def write_progress(store: Store, request: StageRequest, progress: Mapping[str, A
 def read_progress(store: Store, stage: Stage, key: str, attempt: int) -> dict[str, Any] | None:
     """What the attempt last reported; None when it has not."""
     return _read_json(store, attempt_folder(stage, key, attempt) + "progress.json")
+
+
+def write_curve(store: Store, request: StageRequest, rows: bytes) -> None:
+    """Replace the attempt's curve.jsonl: the loss so far, for those who watch. rows: JSON, one a line."""
+    store.write(attempt_folder(request.stage, request.key, request.attempt) + CURVE, rows)
+
+
+def read_curve(store: Store, stage: Stage, key: str, attempt: int | None = None) -> bytes:
+    """The curve.jsonl of a committed artifact; of an attempt at it when there is none yet. Empty when there is none."""
+    record = find(store, stage, key)
+    if record is not None:
+        name = attempt_folder(stage, key, record.attempt) + "files/" + CURVE
+    else:
+        number = newest_attempt(store, stage, key) if attempt is None else attempt
+        name = attempt_folder(stage, key, number) + CURVE
+    try:
+        return store.read(name)
+    except ArtifactNotFound:
+        return b""
 
 
 def discard(store: Store, stage: Stage, key: str, attempt: int) -> bool:

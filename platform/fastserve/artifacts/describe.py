@@ -4,21 +4,37 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastserve.artifacts import safetensors_header
 from fastserve.artifacts.file_types import read_object
 from fastserve.artifacts.gguf_header import GgufHeader, read_gguf
+from fastserve.artifacts.model_config import overridden
 from fastserve.artifacts.safetensors_header import Header
 from fastserve.artifacts.tokenizer import TokenizerFiles, from_folder, from_gguf, stop_set
 from fastserve.errors import SourceInvalid
 from fastserve.plan.facts import ModelFacts
+from fastserve.spec.train import Scratch
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _IMPORTED_BYTES = 2
 """A .gguf file is dequantised to bf16 on import."""
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_FIELDS = {
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden",
+    "intermediate_size": "intermediate",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_context",
+    "tie_word_embeddings": "tied_embeddings",
+}
+"""Keys of config.json by the fact that they change."""
 
 GGUF_ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -50,23 +66,53 @@ def describe(path: Path, tokenizer: TokenizerFiles | None = None, turn_end: int 
         return _of_gguf(header, tokenizer or from_gguf(header, model.name), turn_end, model.name)
     if path.is_file():
         raise SourceInvalid(f"{path.name}: is not a model; name a folder in Hugging Face layout or a .gguf file")
+    _require_files(path, ("config.json", "*.safetensors", "tokenizer.json"), tokenizer)
+    config = read_object(path / "config.json", "config.json", path.name)
+    headers = {file.name: safetensors_header.check(file) for file in sorted(path.glob("*.safetensors"))}
+    return _of_folder(path, config, headers, tokenizer or from_folder(path), turn_end)
+
+
+def describe_new(
+    path: Path, scratch: Scratch, stored_as: str, tokenizer: TokenizerFiles, turn_end: int | None = None
+) -> ModelFacts:
+    """Facts of the model that is made from scratch in the shape of `path`, whose weights, if any, are not read.
+
+    scratch: what is to be different. stored_as: type of its weights, such as `bfloat16`.
+    tokenizer: of the new model. Its parameters are computed from the shape of a gated decoder, which is exact for Llama
+    and what resembles it and a little above for older ones.
+    Raises SourceInvalid, and ManifestInvalid for values that do not fit config.json.
+    """
+    vocabulary = tokenizer.tokenizer().get_vocab_size() if scratch.vocabulary else None
+    packed = only_gguf(path)
+    if packed is not None:
+        facts = _reshaped(describe(packed, tokenizer, turn_end), scratch, vocabulary)
+    else:
+        _require_files(path, ("config.json",), tokenizer)
+        config = read_object(path / "config.json", "config.json", path.name)
+        facts = _of_folder(path, overridden(config, scratch, vocabulary), {}, tokenizer, turn_end)
+    parameters = _decoder_parameters(facts)
+    return replace(facts, parameters=parameters, weight_bytes=parameters * _BYTES.get(stored_as, 4), dtype=stored_as)
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a source, as `fetch` or `outline` returns it, holds any weights."""
+    return only_gguf(path) is not None or any(path.glob("*.safetensors"))
+
+
+def _require_files(path: Path, names: tuple[str, ...], tokenizer: TokenizerFiles | None) -> None:
+    """Raise SourceInvalid with all of `names` that the folder does not have."""
     missing = [
-        shown
-        for shown, there in (
-            ("config.json", (path / "config.json").is_file()),
-            ("*.safetensors", any(path.glob("*.safetensors"))),
-            ("tokenizer.json", (path / "tokenizer.json").is_file() or tokenizer is not None),
-        )
-        if not there
+        name for name in names if not any(path.glob(name)) and not (name == "tokenizer.json" and tokenizer is not None)
     ]
-    if "tokenizer.json" in missing and len(missing) == 1:
+    if missing == ["tokenizer.json"]:
         from_folder(path)  # says which other tokenizer is there
     if missing:
+        shape_alone = "*.safetensors" in missing and "config.json" not in missing
+        hint = ", or train it with method: scratch" if shape_alone else ""
         raise SourceInvalid(
             f"{path.name}: is not a model: it has no {' and no '.join(missing)}; "
-            "add what is missing, or name another folder"
+            f"add what is missing, or name another folder{hint}"
         )
-    return _of_folder(path, tokenizer or from_folder(path), turn_end)
 
 
 def only_gguf(path: Path) -> Path | None:
@@ -77,11 +123,16 @@ def only_gguf(path: Path) -> Path | None:
     return models[0] if len(models) == 1 and not any(path.glob("*.safetensors")) else None
 
 
-def _of_folder(folder: Path, tokenizer: TokenizerFiles, turn_end: int | None) -> ModelFacts:
-    config = read_object(folder / "config.json", "config.json", folder.name)
+def _of_folder(
+    folder: Path,
+    config: Mapping[str, Any],
+    headers: Mapping[str, Header],
+    tokenizer: TokenizerFiles,
+    turn_end: int | None,
+) -> ModelFacts:
+    """config: of the folder, or as it will be. headers: of its safetensors files by name; none for a new model."""
     inner = config.get("text_config")
     shape: Mapping[str, Any] = {**config, **inner} if isinstance(inner, dict) else config
-    headers = {path.name: safetensors_header.check(path) for path in sorted(folder.glob("*.safetensors"))}
     parameters, weight_bytes = safetensors_header.total(headers)
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
@@ -145,6 +196,28 @@ def _of_gguf(header: GgufHeader, tokenizer: TokenizerFiles, turn_end: int | None
         stop_tokens=stops.ids,
         warnings=stops.warnings,
     )
+
+
+def _reshaped(facts: ModelFacts, scratch: Scratch, vocabulary: int | None) -> ModelFacts:
+    """Facts of a .gguf file with those values of `scratch.config` that change them; its config.json is made later."""
+    changed: dict[str, Any] = {
+        field: value
+        for key, value in scratch.config.items()
+        for field in (_FIELDS.get(key),)
+        if field is not None and isinstance(value, int)
+    }
+    if vocabulary is not None:
+        changed["vocab"] = vocabulary
+    return replace(facts, **changed)
+
+
+def _decoder_parameters(facts: ModelFacts) -> int:
+    """Numbers of a decoder with grouped-query attention and a gated feed-forward block (Touvron et al., 2023, arXiv
+    2307.09288)."""
+    attention = 2 * facts.hidden * facts.head_dim * (facts.heads + facts.kv_heads)
+    block = attention + 3 * facts.hidden * facts.intermediate + 2 * facts.hidden
+    embeddings = facts.vocab * facts.hidden * (1 if facts.tied_embeddings else 2)
+    return facts.layers * block + facts.hidden + embeddings
 
 
 def _is_table(name: str) -> bool:

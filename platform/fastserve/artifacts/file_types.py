@@ -154,6 +154,8 @@ def choose(paths: Sequence[str], role: Role, source: str, remote: bool = False) 
         )
     if models:
         return models
+    if role == "model" and "config.json" in wanted:
+        return sorted(wanted)  # the shape of a model without its weights: enough to make one from scratch
     if role == "model":
         missing = [name for name in ("config.json", "tokenizer.json") if name not in wanted]
         raise SourceInvalid(

@@ -25,8 +25,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def upload(store: Store, prefix: str, folder: Path) -> tuple[FileEntry, ...]:
+def upload(store: Store, prefix: str, folder: Path, parallel: int | None = None) -> tuple[FileEntry, ...]:
     """Put every file below `folder` under `prefix` (ends with `/`); entries come back sorted by path.
+
+    parallel: files at once; None leaves it to the store. One is put by the caller's own thread, so that nothing waits
+    for it when the process ends.
 
     Raises StoreFailed for an empty folder, a link, or a name that the store cannot hold, before anything is sent.
     """
@@ -36,7 +39,7 @@ def upload(store: Store, prefix: str, folder: Path) -> tuple[FileEntry, ...]:
         checksum = store.put_file(prefix + path, folder / path)
         return FileEntry(path, checksum.size_bytes, checksum.sha256)
 
-    return tuple(_each(store.parallel, put, paths))
+    return tuple(_each(parallel or store.parallel, put, paths))
 
 
 def download(
@@ -126,6 +129,8 @@ def _check(place: str, folder: Path, files: Iterable[FileEntry], parallel: int, 
 
 
 def _each(parallel: int, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    if parallel == 1:
+        return [work(item) for item in items]
     with ThreadPoolExecutor(parallel, thread_name_prefix="store") as pool:
         running = [pool.submit(work, item) for item in items]
         try:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from fastserve.data.parquet import parquet_rows
+from fastserve.data.running_text import BYTE_ORDER_MARK
+from fastserve.data.running_text import SUFFIXES as TEXT_SUFFIXES
+from fastserve.data.running_text import marked as _marked
 from fastserve.errors import DatasetInvalid, SourceNotFound
 from fastserve.plan.digest import canonical
 
-SUFFIXES = (".jsonl", ".parquet", ".txt", ".text")
+SUFFIXES = (".jsonl", ".parquet", *TEXT_SUFFIXES)
 ROLES = ("system", "developer", "user", "assistant", "tool")
-BYTE_ORDER_MARK = "\ufeff"
 
 _PROMPTS = ("instruction", "prompt")
 _ANSWERS = ("output", "response", "completion")
@@ -124,12 +126,6 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
             if BYTE_ORDER_MARK in line:
                 raise _marked(f"{file.name}:{number}")
             yield number, line
-
-
-def _marked(place: str) -> DatasetInvalid:
-    return DatasetInvalid(
-        f"{place}: a byte-order mark (U+FEFF) stands inside the file, where files were joined; remove it there"
-    )
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:

@@ -66,8 +66,12 @@ def test_a_folder_of_several_gguf_files_asks_for_one() -> None:
 
 
 def test_a_folder_without_weights_says_what_is_missing() -> None:
-    with pytest.raises(SourceInvalid, match=r"no weights; a model needs \*\.safetensors, tokenizer\.json"):
-        choose(["config.json", "README.md"], "model", "x")
+    with pytest.raises(SourceInvalid, match=r"no weights; a model needs \*\.safetensors, config\.json"):
+        choose(["tokenizer.json", "README.md"], "model", "x")
+
+
+def test_a_shape_without_weights_is_brought_in_for_a_model_from_scratch() -> None:
+    assert choose(["config.json", "README.md"], "model", "x") == ["config.json"]
 
 
 def test_an_adapter_needs_its_configuration() -> None:

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from fastserve.artifacts.tokenizer import TokenizerFiles
-from fastserve.data.samples import CANNOT_PRINT_TOOL_CALLS, NO_ASSISTANT_MESSAGE, SampleSet, samples
+from fastserve.data.samples import (
+    CANNOT_PRINT_TOOL_CALLS,
+    NO_ASSISTANT_MESSAGE,
+    ONE_TOKEN,
+    SampleSet,
+    SampleStream,
+    dataset_facts,
+    samples,
+)
 from fastserve.errors import DatasetInvalid, SourceInvalid
 from fastserve.plan.facts import DatasetFacts
 
@@ -114,3 +122,60 @@ def test_chat_rows_need_a_template(smol: TokenizerFiles, cases: Path, tmp_path: 
 def test_a_refusing_template_is_told_with_the_row(smol: TokenizerFiles, cases: Path) -> None:
     with pytest.raises(DatasetInvalid, match=r"01-clean\.jsonl:1: .*not today"):
         read(smol, cases / "01-clean.jsonl", 64, "{{ raise_exception('not today') }}")
+
+
+def test_longer_rows_are_dropped_where_that_is_asked_for(smol: TokenizerFiles, cases: Path) -> None:
+    def facts(max_length: int) -> DatasetFacts:
+        return dataset_facts(
+            [cases / "03-long-rows.jsonl"],
+            smol.tokenizer(),
+            smol.chat_template,
+            max_length,
+            special=smol.special,
+            over_length="drop",
+        )
+
+    short = facts(128)
+    assert (short.rows, short.used, short.truncated, short.trained_tokens) == (3, 1, 0, 8)
+    assert short.left_out == {"longer than maxLength": 2}
+    assert facts(1024).left_out == {}
+
+
+def test_a_set_that_is_dropped_whole_is_refused_with_the_length_that_fits(smol: TokenizerFiles, cases: Path) -> None:
+    with pytest.raises(DatasetInvalid, match=r"4 rows: longer than maxLength.*fits with maxLength: 586"):
+        samples([cases / "03-only-long.jsonl"], smol.tokenizer(), smol.chat_template, 128, over_length="drop")
+
+
+def test_a_stream_gives_the_same_samples_and_facts(smol: TokenizerFiles, quickstart_data: Path) -> None:
+    path = quickstart_data / "quickstart-train.jsonl"
+    whole = samples([path], smol.tokenizer(), smol.chat_template, 40, special=smol.special)
+    stream = SampleStream([path], smol.tokenizer(), smol.chat_template, 40, special=smol.special, digests=False)
+    first = next(iter(stream))
+    assert first.digest == ""
+    stream = SampleStream([path], smol.tokenizer(), smol.chat_template, 40, special=smol.special, digests=False)
+    assert [(s.ids, s.trained, s.place) for s in stream] == [(s.ids, s.trained, s.place) for s in whole.samples]
+    assert stream.facts == whole.facts
+    assert whole.facts.truncated > 0
+
+
+def test_text_and_chat_rows_keep_their_order(smol: TokenizerFiles, tmp_path: Path) -> None:
+    lines = ['{"text": "One."}', '{"prompt": "Two?", "output": "Two."}', '{"text": "Three."}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    found = samples([tmp_path], smol.tokenizer(), smol.chat_template, 64, special=smol.special).samples
+    assert [sample.place for sample in found] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"]
+    texts = [smol.tokenizer().decode(list(sample.ids), skip_special_tokens=False) for sample in found]
+    assert (texts[0], texts[2]) == ("One.", "Three.")
+
+
+def test_a_text_row_of_one_token_says_why_it_is_left_out(smol: TokenizerFiles, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "One two."}\n')
+    assert samples([tmp_path], smol.tokenizer(), None, 64).facts.left_out == {ONE_TOKEN: 1}
+
+
+def test_a_tokenizer_that_cuts_by_itself_does_not(smol: TokenizerFiles, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "The sun is a star, and the moon is not."}\n')
+    tokenizer = smol.tokenizer()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    (sample,) = samples([tmp_path], tokenizer, None, 64).samples
+    assert tokenizer.decode(list(sample.ids)) == "The sun is a star, and the moon is not."
