@@ -125,10 +125,11 @@ def status(
     name: OptionalName = None,
     home: HomeOption = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl-C.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw the loss of the model's training.")] = False,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Show the state of one model or of all."""
-    show.status(Home(home), name, watch=watch, as_json=output is Output.JSON)
+    show.status(Home(home), name, watch=watch, as_json=output is Output.JSON, plot=plot)
 
 
 @app.command()

@@ -15,8 +15,11 @@ from rich.table import Table
 
 from fastserve.errors import FastServeError, ManifestInvalid, NotExecutable, Problem
 from fastserve.plan.gate import GateOutcome, Verdict
+from fastserve.plan.memory import ByteTable
 from fastserve.plan.sheet import Sheet
-from fastserve.units import show_bytes, show_duration
+from fastserve.plan.training import TrainingPlan
+from fastserve.telemetry.curve import drawn
+from fastserve.units import show_bytes, show_duration, show_share
 
 _PLAIN = bool(os.environ.get("NO_COLOR"))
 _WIDE = 160
@@ -109,22 +112,68 @@ def sheet(plan: Sheet, console: Console | None = None) -> None:
                 + "".join(f", {count} left out ({cause})" for cause, count in f.left_out.items())
             )
         )
+    if plan.training is not None:
+        shares(plan.training, target)
     for bytes_table in plan.tables:
         table(
             ["WHAT", "BYTES", "FROM"],
-            [(line.what, show_bytes(line.size_bytes), line.why) for line in bytes_table.lines]
-            + [
-                (
-                    "total",
-                    show_bytes(bytes_table.total_bytes),
-                    f"of {show_bytes(bytes_table.available_bytes)} there are",
-                )
-            ],
+            _byte_rows(bytes_table),
             title=bytes_table.title,
             console=target,
         )
     for warning in plan.warnings:
         target.print(f"[yellow]warning[/]: {escape(warning)}")
+
+
+def _byte_rows(shown: ByteTable) -> list[tuple[str, str, str]]:
+    rows = [(line.what, show_bytes(line.size_bytes), line.why) for line in shown.lines]
+    there = f"of {show_bytes(shown.available_bytes)} there are"
+    if shown.copies > 1:
+        rows.append(("each", show_bytes(shown.copy_bytes), ""))
+        return [*rows, (f"all {shown.copies}", show_bytes(shown.total_bytes), there)]
+    return [*rows, ("total", show_bytes(shown.total_bytes), there)]
+
+
+def shares(training: TrainingPlan, console: Console | None = None) -> None:
+    """Who does what in training: equal neighbours share a line."""
+    target = console or out
+    plan = training.shares
+    rows: list[list[str]] = []
+    spans: list[tuple[int, int]] = []
+    for index, worker in enumerate(plan.workers):
+        row = [
+            worker.profile,
+            f"{worker.tokens_per_s:,.0f} {'given' if training.given[index] else 'assumed'}",
+            show_share(plan.batch[index]),
+            show_share(plan.state[index]),
+            f"{plan.micro_tokens[index]:,}",
+            show_bytes(plan.peak_bytes[index]),
+            show_bytes(worker.memory_bytes),
+        ]
+        if rows and rows[-1] == row:
+            spans[-1] = (spans[-1][0], index)
+        else:
+            rows.append(row)
+            spans.append((index, index))
+    names = [f"{first}" if first == last else f"{first} to {last}" for first, last in spans]
+    table(
+        ["WORKER", "PROFILE", "TOKENS/S", "OF THE BATCH", "OF THE STATE", "TOKENS AT ONCE", "PEAK MEMORY", "OF"],
+        [[name, *row] for name, row in zip(names, rows, strict=True)],
+        title=f"Training on {len(plan.workers)} workers" if len(plan.workers) > 1 else "Training on one worker",
+        console=target,
+    )
+    parts = f"{plan.micro_batches} micro-batches" if plan.micro_batches > 1 else "one micro-batch"
+    step = f"A step of {plan.batch_tokens:,} tokens takes about {show_duration(plan.step_seconds)}"
+    target.print(escape(f"{plan.because} {step}, in {parts}."))
+    if not all(training.given) and len(plan.workers) > 1 and not plan.even:
+        target.print("Assumed speeds are measured when the run starts, and the batch is then shared anew.")
+
+
+def curve(rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    """The loss curve of a model, as wide as the terminal; plain text without colour in a file or a pipe."""
+    width = out.width if out.is_terminal else 100
+    title = f"loss of {name}"
+    answer(drawn(rows, title, width=min(width, _WIDE), colour=out.is_terminal and not _PLAIN))
 
 
 def comparison(metrics: Mapping[str, Any], verdict: Verdict, console: Console | None = None) -> None:

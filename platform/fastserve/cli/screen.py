@@ -10,7 +10,7 @@ from typing import Any, Self
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from fastserve.cli import render
+from fastserve.cli import render, training
 from fastserve.units import show_duration
 
 LINE_EVERY_SECONDS = 10.0
@@ -92,7 +92,7 @@ class Screen:
 
 
 def _detail(progress: Mapping[str, Any]) -> str:
-    """`12/40 steps, 1.3/s, 21s left, loss 2.31, building gradients`."""
+    """`12/40 steps, 1.3 steps/s, 21s left, loss 2.31, 400 tokens/s, training`."""
     if not progress:
         return ""
     unit = progress.get("unit", "")
@@ -102,9 +102,11 @@ def _detail(progress: Mapping[str, Any]) -> str:
         parts.append(f"{rate:.3g} {unit}/s" if rate >= 0.1 else f"{1 / rate:.3g} s each")
     if progress.get("etaSeconds") is not None:
         parts.append(f"{show_duration(progress['etaSeconds'])} left")
-    for name, value in (progress.get("metrics") or {}).items():
-        if isinstance(value, int | float):
-            parts.append(f"{name} {value:.4g}")
+    metrics = progress.get("metrics") or {}
+    if "loss" in metrics:
+        parts.extend(training.live_parts(metrics))
+    else:
+        parts.extend(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float))
     if progress.get("note"):
         parts.append(str(progress["note"]))
     return ", ".join(parts)

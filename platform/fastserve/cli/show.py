@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastserve.cli import render
+from fastserve.cli import render, training
 from fastserve.cli.manifests import read_manifests
 from fastserve.cluster.home import Home
 from fastserve.cluster.local import LocalCluster
-from fastserve.cluster.status import current_stage, status_of
+from fastserve.cluster.status import current_stage, curve_of, status_of
 from fastserve.cluster.survey import survey
 from fastserve.errors import ClusterFailed, UsageInvalid
 from fastserve.plan import keys
@@ -50,14 +50,20 @@ def plan(file: Path, home: Home, as_json: bool) -> None:
         render.sheet(sheet)
 
 
-def status(home: Home, name: str | None, watch: bool, as_json: bool) -> None:
-    """One line a model, or everything about one of them."""
+def status(home: Home, name: str | None, watch: bool, as_json: bool, plot: bool = False) -> None:
+    """One line a model, or everything about one of them; with `plot` its loss curve too."""
+    if plot and name is None:
+        raise UsageInvalid("--plot draws the loss of one model; name it, as in `fastserve status NAME --plot`")
     while True:
         found = [_status(home, model) for model in ([name] if name else home.model_names())]
+        if plot:
+            found[0]["curve"] = curve_of(found[0], LocalCluster(home).store)
         if as_json:
             render.as_json(found[0] if name else found)
         elif name:
             _details(found[0])
+            if plot:
+                render.curve(found[0]["curve"], name)
         else:
             _lines(found)
         if not watch:
@@ -137,7 +143,7 @@ def _target(home: Home, name: str, revision: str | None, weights: Mapping[str, i
 
 def _status(home: Home, name: str) -> dict[str, Any]:
     cluster = LocalCluster(home)
-    beat = cluster.look(name)
+    beat = cluster.look_back(name) or cluster.look(name)
     return status_of(beat.model, beat.observed, beat.moves, cluster.store, cluster.gateway.url) | {
         "stage": current_stage(beat.moves)
     }
@@ -172,11 +178,21 @@ def _details(item: Mapping[str, Any]) -> None:
             [stage, state["state"], done, state.get("attempt", ""), (state["key"] or "")[:12], state.get("message", "")]
         )
     render.table(["STAGE", "STATE", "DONE", "ATTEMPT", "KEY", "MESSAGE"], rows)
+    _training(training.metrics_of(item["stages"].get("train") or {}))
     for live in item["revisions"]:
         share = f"{live['weight']}% of traffic, {live['replicas']} replicas"
         render.answer(f"revision {live['digest'][:8]}: {live['state']}, {share} {live['message']}".rstrip())
     for because in item["why"]:
         render.answer(because)
+
+
+def _training(metrics: Mapping[str, Any]) -> None:
+    """How the workers of a training run share it, and how it goes."""
+    workers = training.worker_rows(metrics)
+    if workers:
+        render.table(training.WORKER_COLUMNS, workers, title="Workers")
+    for sentence in training.sentences(metrics):
+        render.answer(sentence)
 
 
 def _stage_log(cluster: LocalCluster, name: str, stage: str | None) -> str:

@@ -2,6 +2,7 @@
 
     store/                      artifacts (unless the store is elsewhere: settings.json)
     models/<name>/model.json    what is wanted: the manifest as it was applied
+    models/<name>/ended.json    what was wanted last, of a model that is up no longer
     models/<name>/resolved.json digests of the outside sources, found out once for each `up`
     models/<name>/forgiven.json failed attempts that do not count, since the user asked again
     models/<name>/weights.json  percent of traffic by revision
@@ -120,6 +121,11 @@ class Home:
         value = self.read_json(f"models/{name}/model.json")
         return None if value is None else Model.model_validate(value)
 
+    def ended(self, name: str) -> Model | None:
+        """What was wanted last of a model that is wanted no longer; None when it is wanted, or never was."""
+        value = self.read_json(f"models/{name}/ended.json") if self.model(name) is None else None
+        return None if value is None else Model.model_validate(value)
+
     def want(self, model: Model, resolved: Mapping[str, str], forgiven: Mapping[str, int]) -> None:
         """Apply a manifest, with the digests of its sources as they are now and the attempts that no longer count."""
         self.write_json(f"models/{model.name}/forgiven.json", dict(forgiven))
@@ -127,7 +133,10 @@ class Home:
         self.write_json(f"models/{model.name}/model.json", dump(model))
 
     def unwant(self, name: str) -> None:
-        """Want a model no longer. Its artifacts and revisions stay."""
+        """Want a model no longer. Its artifacts and revisions stay, and so does what was wanted, to be looked at."""
+        wanted = self.read_json(f"models/{name}/model.json")
+        if wanted is not None:
+            self.write_json(f"models/{name}/ended.json", wanted)
         self.remove(f"models/{name}/model.json")
 
     def resolved(self, name: str) -> dict[str, str]:

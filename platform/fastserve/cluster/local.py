@@ -86,6 +86,13 @@ class LocalCluster:
         observed = observe(self.home, self.store, model, self.jobs() if jobs is None else jobs, self.apps())
         return Beat(model, observed, tuple(next_moves(model, observed, time.time())))
 
+    def look_back(self, name: str) -> Beat | None:
+        """Observe a model that is up no longer; nothing is decided for it. None when there is no such model."""
+        model = self.home.ended(name)
+        if model is None:
+            return None
+        return Beat(model, observe(self.home, self.store, model, self.jobs(), {}), ())
+
     def jobs(self) -> Mapping[str, Job]:
         """The Ray head's jobs by submission id; empty when no head runs."""
         endpoint = self.head.load()

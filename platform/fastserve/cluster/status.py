@@ -11,12 +11,14 @@ from typing import Any
 
 from fastserve.artifacts import attempts
 from fastserve.artifacts.store import Store
+from fastserve.errors import UsageInvalid
 from fastserve.plan import gate as gates
 from fastserve.plan import keys
 from fastserve.plan.moves import Done, Move, Refuse, RunStage, StartRevision, Wait
 from fastserve.plan.observed import AttemptState, Observed, RevisionState
 from fastserve.plan.stages import Stage
 from fastserve.spec.model import Model
+from fastserve.telemetry.curve import loaded
 
 
 def status_of(model: Model, observed: Observed, moves: Sequence[Move], store: Store, url: str | None) -> dict[str, Any]:
@@ -46,8 +48,21 @@ def status_of(model: Model, observed: Observed, moves: Sequence[Move], store: St
         else {"revision": observed.pin.revision, "insteadOf": observed.pin.instead_of},
         "url": url if ready else None,
         "conditions": [_ready_condition(model, ready, moves, refusal)],
-        "why": [move.because for move in moves],
+        "why": [move.because for move in moves] or [_not_up(model)],
     }
+
+
+def curve_of(status: Mapping[str, Any], store: Store) -> list[Mapping[str, Any]]:
+    """Rows of the train stage's loss curve, thinned while it runs; empty before the first step.
+
+    status: of one model. Raises UsageInvalid when the model is not trained.
+    """
+    train = status["stages"].get(Stage.TRAIN.value)
+    if train is None:
+        raise UsageInvalid(f"{status['name']} has no train stage, so there is no loss to plot; leave --plot out")
+    if train["key"] is None:
+        return []
+    return list(loaded(attempts.read_curve(store, Stage.TRAIN, train["key"], train.get("attempt"))))
 
 
 def current_stage(moves: Sequence[Move]) -> str:
@@ -95,6 +110,10 @@ def _gate(model: Model, observed: Observed) -> dict[str, Any] | None:
     return gates.decide(done.metrics, evaluate.gate).to_json()
 
 
+def _not_up(model: Model) -> str:
+    return f"{model.name} is not up; what it made is kept, and `fastserve up FILE` goes on from there."
+
+
 def _ready_condition(model: Model, ready: bool, moves: Sequence[Move], refusal: Refuse | None) -> Mapping[str, Any]:
     """`Ready`: serving what the manifest asks for; a model that is not served is ready when its last stage is."""
     finished = any(isinstance(move, Done) for move in moves)
@@ -102,6 +121,7 @@ def _ready_condition(model: Model, ready: bool, moves: Sequence[Move], refusal: 
         return {"type": "Ready", "status": str(ready), "reason": refusal.reason, "message": refusal.because}
     if finished and (ready or model.spec.serve is None):
         return {"type": "Ready", "status": "True", "reason": "Ready", "message": moves[0].because}
-    reason = "Waiting" if moves and isinstance(moves[0], Wait) else "Working"
-    message = moves[0].because if moves else "nothing is decided yet"
-    return {"type": "Ready", "status": str(ready), "reason": reason, "message": message}
+    if not moves:
+        return {"type": "Ready", "status": "False", "reason": "NotUp", "message": _not_up(model)}
+    reason = "Waiting" if isinstance(moves[0], Wait) else "Working"
+    return {"type": "Ready", "status": str(ready), "reason": reason, "message": moves[0].because}

@@ -6,6 +6,7 @@ What was found is kept by content digest, so a second look is quick.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,21 +21,24 @@ from fastserve.cluster.machine import local_hardware
 from fastserve.cluster.observe import observe
 from fastserve.data.holdout import require_disjoint
 from fastserve.data.rows import data_files
-from fastserve.data.samples import samples
+from fastserve.data.samples import OverLength, dataset_facts
 from fastserve.data.template import turn_end
+from fastserve.data.vocabulary import train_tokenizer
 from fastserve.errors import ArtifactNotFound
 from fastserve.plan import executable
 from fastserve.plan.digest import digest_of
-from fastserve.plan.facts import DatasetFacts, ModelFacts
+from fastserve.plan.facts import DatasetFacts, Hardware, ModelFacts
 from fastserve.plan.keys import Role, ident_of, outside
-from fastserve.plan.memory import ByteTable, compressed_bytes, fits, serving_memory, training_memory
+from fastserve.plan.memory import ByteTable, compressed_bytes, fits, serving_memory
 from fastserve.plan.revision import Revision
 from fastserve.plan.sheet import DatasetLine, Sheet, stage_lines
 from fastserve.plan.time import estimate
+from fastserve.plan.training import TrainingPlan, plan_training
 from fastserve.spec.model import AccessKey, HardwareProfile, Model
 from fastserve.spec.source import Source
+from fastserve.spec.train import Scratch, Train
 
-FACTS_VERSION = 1
+FACTS_VERSION = 2
 """Raised when what is counted changes, so that older counts in a home are not believed."""
 
 
@@ -61,25 +65,28 @@ def survey(
     Raises NotExecutable, SourceNotFound, SourceInvalid, DatasetInvalid, InsufficientMemory: the first that is wrong,
     each with what to do. Nothing is changed but the home's cache.
     """
-    executable.check(model, profiles)
+    hardware = local_hardware()
+    executable.check(model, profiles, local=hardware)
     for key in access_keys:
         executable.check_access_key(key)
     resolved = {item.ident: resolve_source(home, item.source, item.role) for item in outside(model)}
     look = _Look(home, resolved)
-    facts = look.model(model.spec.source)
+    facts = look.made(model)
     datasets = look.datasets(model)
     digests = {ident: found.digest for ident, found in resolved.items()}
     store = open_store(store_uri)
     observed = observe(home, store, model, {}, {}, digests=digests)
     cached = {item.stage for item in observed.committed.values()}
-    hardware = local_hardware()
-    train = next((line.facts for line in datasets if line.role == "train.dataset"), None)
+    rows = next((line.facts for line in datasets if line.role == "train.dataset"), None)
+    training = _training(model, facts, hardware, profiles, rows)
+    shares = training.shares if training is not None else None
     sheet = Sheet(
         model=model.name,
-        stages=stage_lines(model, observed, estimate(model, facts, train, hardware, cached)),
+        stages=stage_lines(model, observed, estimate(model, facts, rows, hardware, cached, shares)),
         datasets=tuple(datasets),
-        tables=tuple(fits(table, hardware.memory_bytes) for table in _tables(model, facts)),
-        warnings=facts.warnings,
+        tables=(*(training.tables if training is not None else ()), *_serving(model, facts, hardware)),
+        training=training,
+        warnings=(*facts.warnings, *(training.warnings if training is not None else ())),
     )
     return Survey(model, digests, sheet)
 
@@ -109,30 +116,47 @@ class _Look:
         self._home = home
         self._resolved = resolved
         self._tokenizers: dict[str, TokenizerFiles] = {}
+        self._vocabulary: list[object] = []
+        """What a trained tokenizer was trained on; empty where the source's own is kept."""
 
-    def model(self, source: Source) -> ModelFacts:
-        """Shape, size and end tokens of a model; tokenizers and headers are read, weights are not."""
-        digest = self._resolved[ident_of(source)].digest
+    def made(self, model: Model) -> ModelFacts:
+        """Facts of the source; for method scratch of the model that is made in its shape, with the tokenizer that it
+        will have, which is trained here already where one is asked for."""
+        train, source = model.spec.train, model.spec.source
+        if train is None or train.method != "scratch":
+            return self.model(source)
+        scratch = train.scratch or Scratch()
+        if scratch.vocabulary is not None:
+            self._vocabulary = [self._resolved[ident_of(train.dataset)].digest, scratch.vocabulary]
+            self._tokenizers[ident_of(source)] = self._trained_tokenizer(train.dataset, scratch.vocabulary)
+        stored_as = {"bf16": "bfloat16", "fp16": "float16"}.get(train.precision, "float32")
 
         def read() -> dict[str, Any]:
             files = self._tokenizer(source)
-            ends = (
-                None
-                if files.chat_template is None
-                else turn_end(files.chat_template, files.tokenizer(), special=files.special)
-            )
-            return asdict(describe.describe(self._place(source), files, ends))
+            return asdict(describe.describe_new(self._place(source), scratch, stored_as, files, _end_of_turn(files)))
 
-        found = self._kept("model", [digest], read)
-        return ModelFacts(**{**found, "stop_tokens": tuple(found["stop_tokens"]), "warnings": tuple(found["warnings"])})
+        wanted = scratch.model_dump(mode="json")
+        return _facts(self._kept("scratch", [self._digest(source), wanted, stored_as, *self._vocabulary], read))
+
+    def model(self, source: Source) -> ModelFacts:
+        """Shape, size and end tokens of a model; tokenizers and headers are read, weights are not."""
+
+        def read() -> dict[str, Any]:
+            if not describe.has_weights(self._place(source)):
+                describe.describe(self._place(source))  # says what is missing, a tokenizer too
+            files = self._tokenizer(source)
+            return asdict(describe.describe(self._place(source), files, _end_of_turn(files)))
+
+        return _facts(self._kept("model", [self._digest(source)], read))
 
     def datasets(self, model: Model) -> list[DatasetLine]:
         """Rows, tokens and trained tokens of every data set, after checking each row."""
         spec = model.spec
         lines = []
         if spec.train is not None:
-            found = self._rows(spec.train.dataset, spec.source, spec.train.max_length, "maxLength")
+            found = self._train_rows(spec.train.dataset, spec.source, spec.train)
             lines.append(DatasetLine("train.dataset", found))
+            lines.extend(self._validation(spec.train, spec.source))
         if spec.evaluate is not None:
             context = spec.evaluate.context
             lines.append(DatasetLine("evaluate.data", self._rows(spec.evaluate.data, spec.source, context, "context")))
@@ -140,7 +164,7 @@ class _Look:
                 found = self._rows(task.data, spec.source, context, "context")
                 lines.append(DatasetLine(f"evaluate.tasks.{task.name}", found))
         if spec.train is not None and spec.evaluate is not None:
-            self._disjoint(spec.train.dataset, spec.evaluate.data)
+            self._disjoint(spec.train.dataset, spec.evaluate.data, "evaluate.data")
         for step in spec.compress:
             calibration = step.quantize.calibration if step.quantize else None
             if calibration is not None and calibration.data is not None:
@@ -148,31 +172,56 @@ class _Look:
                 lines.append(DatasetLine("compress.calibration", found))
         return lines
 
-    def _rows(self, data: Source, model: Source, limit: int, limit_name: str) -> DatasetFacts:
+    def _rows(
+        self, data: Source, model: Source, limit: int, limit_name: str, over_length: OverLength = "truncate"
+    ) -> DatasetFacts:
         digests = [self._resolved[ident_of(source)].digest for source in (data, model)]
 
         def read() -> dict[str, Any]:
             files = self._tokenizer(model)
-            found = samples(
+            found = dataset_facts(
                 data_files(self._place(data)),
                 files.tokenizer(),
                 files.chat_template,
                 limit,
                 special=files.special,
                 limit_name=limit_name,
+                over_length=over_length,
             )
-            return asdict(found.facts)
+            return asdict(found)
 
-        return DatasetFacts(**self._kept("rows", [*digests, limit, limit_name], read))
+        return DatasetFacts(**self._kept("rows", [*digests, *self._vocabulary, limit, limit_name, over_length], read))
 
-    def _disjoint(self, train: Source, held_out: Source) -> None:
+    def _train_rows(self, data: Source, source: Source, train: Train) -> DatasetFacts:
+        return self._rows(data, source, train.max_length, "maxLength", train.over_length)
+
+    def _validation(self, train: Train, source: Source) -> list[DatasetLine]:
+        if train.validation is None:
+            return []
+        found = self._train_rows(train.validation.data, source, train)
+        self._disjoint(train.dataset, train.validation.data, "train.validation.data")
+        return [DatasetLine("train.validation.data", found)]
+
+    def _disjoint(self, train: Source, held_out: Source, held_out_name: str) -> None:
         digests = [self._resolved[ident_of(source)].digest for source in (train, held_out)]
 
         def read() -> dict[str, Any]:
-            require_disjoint(data_files(self._place(train)), data_files(self._place(held_out)))
+            require_disjoint(data_files(self._place(train)), data_files(self._place(held_out)), held_out_name)
             return {"disjoint": True}
 
         self._kept("disjoint", digests, read)
+
+    def _digest(self, source: Source) -> str:
+        return self._resolved[ident_of(source)].digest
+
+    def _trained_tokenizer(self, data: Source, vocabulary: int) -> TokenizerFiles:
+        """The tokenizer that the train stage will train, from the same rows."""
+        into = self._home.path / "cache" / "tokenizers" / digest_of([FACTS_VERSION, *self._vocabulary])[:24]
+        if not into.is_dir():
+            part = into.with_name(f"{into.name}.{os.getpid()}.part")
+            train_tokenizer(self._place(data), vocabulary, part)
+            part.rename(into)
+        return load_tokenizer(into)
 
     def _tokenizer(self, source: Source) -> TokenizerFiles:
         ident = ident_of(source)
@@ -202,13 +251,32 @@ class _Look:
         return dict(found)
 
 
-def _tables(model: Model, facts: ModelFacts) -> list[ByteTable]:
+def _facts(found: Mapping[str, Any]) -> ModelFacts:
+    return ModelFacts(**{**found, "stop_tokens": tuple(found["stop_tokens"]), "warnings": tuple(found["warnings"])})
+
+
+def _end_of_turn(files: TokenizerFiles) -> int | None:
+    if files.chat_template is None:
+        return None
+    return turn_end(files.chat_template, files.tokenizer(), special=files.special)
+
+
+def _training(
+    model: Model,
+    facts: ModelFacts,
+    hardware: Hardware,
+    profiles: Sequence[HardwareProfile],
+    rows: DatasetFacts | None,
+) -> TrainingPlan | None:
+    if model.spec.train is None:
+        return None
+    described = {profile.metadata.name: profile.spec for profile in profiles}
+    return plan_training(facts, model.spec.train, hardware, described, rows)
+
+
+def _serving(model: Model, facts: ModelFacts, hardware: Hardware) -> list[ByteTable]:
     spec = model.spec
-    hardware = local_hardware()
-    found = []
-    if spec.train is not None:
-        found.append(training_memory(facts, spec.train, spec.train.worker_count))
-    if spec.serve is not None:
-        weights = compressed_bytes(facts, spec.compress)
-        found.append(serving_memory(facts, spec.serve, weights, hardware))
-    return found
+    if spec.serve is None:
+        return []
+    table = serving_memory(facts, spec.serve, compressed_bytes(facts, spec.compress), hardware)
+    return [fits(table, hardware.memory_bytes)]

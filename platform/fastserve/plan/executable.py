@@ -6,29 +6,40 @@ taken out of here when the part it names is built.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from fastserve.errors import NotExecutable, Problem
+from fastserve.errors import ManifestInvalid, NotExecutable, Problem
+from fastserve.plan.accelerators import KNOWN, computes
 from fastserve.plan.engine import check_extra_args
+from fastserve.plan.facts import LOCAL, Hardware
 from fastserve.plan.keys import outside
+from fastserve.spec.hardware import HardwareProfileSpec
 from fastserve.spec.model import AccessKey, HardwareProfile, Model
+from fastserve.spec.nearest import nearest
 from fastserve.spec.serve import Serve
 from fastserve.spec.train import Train
 
-LOCAL = "local"
-"""The profile that is discovered on a laptop."""
 
-
-def check(model: Model, profiles: Sequence[HardwareProfile] = ()) -> None:
+def check(
+    model: Model,
+    profiles: Sequence[HardwareProfile] = (),
+    cluster: Collection[str] = (LOCAL,),
+    local: Hardware | None = None,
+) -> None:
     """Raise NotExecutable with every part of `model` that this version does not run.
 
-    profiles: HardwareProfiles of the same file; they are accepted, and nothing is placed on them yet.
+    profiles: HardwareProfiles that are described. cluster: names of those that it has machines of; a laptop has
+    `local`. local: what that machine has; None: no accelerator.
 
-    Raises ManifestInvalid for serve.engine.extraArgs that may not reach the engine.
+    Raises ManifestInvalid for serve.engine.extraArgs that may not reach the engine, and for a profile of train.workers
+    that nobody describes.
     """
     if model.spec.serve is not None:
         check_extra_args(model.spec.serve)
-    problems = problems_of(model, {profile.metadata.name for profile in profiles})
+    described = {profile.metadata.name: profile.spec for profile in profiles}
+    if model.spec.train is not None:
+        _require_profiles(model.spec.train, {LOCAL, *described, *cluster})
+    problems = problems_of(model, described, cluster, local)
     if problems:
         raise NotExecutable(problems)
 
@@ -50,16 +61,37 @@ def check_access_key(key: AccessKey) -> None:
         raise NotExecutable(problems)
 
 
-def problems_of(model: Model, profiles: Iterable[str] = ()) -> list[Problem]:
-    """Every part of `model` that this version does not run, in the order of the manifest. profiles: names described
-    in the file."""
-    known = set(profiles)
+def _require_profiles(train: Train, known: set[str]) -> None:
+    """Raise ManifestInvalid for every group of workers whose profile nobody describes."""
+    problems = []
+    for index, group in enumerate(train.workers):
+        if group.profile not in known:
+            near = nearest(group.profile, sorted(known)) or LOCAL
+            message = f"no HardwareProfile is named {group.profile}; write {near}, or add one of that name"
+            problems.append(Problem(f"spec.train.workers[{index}].profile", message, suggestion=near))
+    if problems:
+        raise ManifestInvalid(problems)
+
+
+def problems_of(
+    model: Model,
+    profiles: Mapping[str, HardwareProfileSpec] | None = None,
+    cluster: Collection[str] = (LOCAL,),
+    local: Hardware | None = None,
+) -> list[Problem]:
+    """Every part of `model` that this version does not run, in the order of the manifest. The rest as for `check`;
+    profiles: specs by name."""
+    described = profiles or {}
+    known = set(described)
     found = [
         Problem(f"spec.{path}", "pvc:// needs a Kubernetes cluster; use file://, s3://, hf:// or package://")
         for path in _claims(model)
     ]
     if model.spec.train is not None:
-        found.extend(_train_problems(model.spec.train, known))
+        found.extend(_train_problems(model.spec.train, described, cluster, local))
+        if model.spec.train.method == "scratch" and model.spec.evaluate is not None:
+            message = "a model from scratch has no parent to be compared with; remove evaluate, use train.validation"
+            found.append(Problem("spec.evaluate", message))
     for index, step in enumerate(model.spec.compress):
         path = f"spec.compress[{index}]"
         if step.prune is not None:
@@ -82,6 +114,8 @@ def _claims(model: Model) -> list[str]:
     named = [("source", spec.source)]
     if spec.train is not None:
         named.append(("train.dataset", spec.train.dataset))
+        if spec.train.validation is not None:
+            named.append(("train.validation.data", spec.train.validation.data))
     for index, step in enumerate(spec.compress):
         if step.quantize is not None and step.quantize.calibration.data is not None:
             named.append((f"compress[{index}].quantize.calibration.data", step.quantize.calibration.data))
@@ -93,27 +127,46 @@ def _claims(model: Model) -> list[str]:
     return [path for path, source in named if source.scheme == "pvc"]
 
 
-def _train_problems(train: Train, profiles: set[str]) -> list[Problem]:
+def _train_problems(
+    train: Train, profiles: Mapping[str, HardwareProfileSpec], cluster: Collection[str], local: Hardware | None
+) -> list[Problem]:
+    kinds = {group.profile: _accelerator(group.profile, profiles, local) for group in train.workers}
     found = []
-    if train.method in ("qlora", "scratch"):
-        message = f"{train.method} does not run yet; write lora or full"
+    without = next((profile for profile, kind in kinds.items() if kind is None), None)
+    if train.method == "qlora" and without is not None:
+        message = f"qlora computes on an accelerator, and profile {without} has none; write lora"
         found.append(Problem("spec.train.method", message, suggestion="lora"))
-    if train.precision in ("fp16", "fp8"):
-        message = f"{train.precision} does not run yet; write bf16 or fp32"
-        found.append(Problem("spec.train.precision", message, suggestion="bf16"))
+    precision = _precision_problem(train.precision, kinds)
+    if precision is not None:
+        found.append(precision)
     for index, group in enumerate(train.workers):
-        path = f"spec.train.workers[{index}]"
-        if group.profile != LOCAL:
-            found.append(Problem(f"{path}.profile", _elsewhere(group.profile, profiles), suggestion=LOCAL))
-        if group.speed is not None:
-            found.append(Problem(f"{path}.speed", "the batch is shared evenly for now; remove speed"))
-    if len(train.workers) > 1:
-        message = f"unequal groups do not run yet; write one, such as [{{profile: local, count: {train.worker_count}}}]"
-        found.append(Problem("spec.train.workers", message))
-    if train.elastic is not None:
-        message = "a run cannot change its size yet; remove elastic, a lost worker resumes from its checkpoint"
-        found.append(Problem("spec.train.elastic", message))
+        if group.profile not in cluster:
+            message = _elsewhere(group.profile, set(profiles), cluster)
+            found.append(Problem(f"spec.train.workers[{index}].profile", message, suggestion=LOCAL))
     return found
+
+
+def _accelerator(profile: str, profiles: Mapping[str, HardwareProfileSpec], local: Hardware | None) -> str | None:
+    """Type of a profile's accelerator, empty where it is not said; None: it has none."""
+    if profile in profiles:
+        accelerator = profiles[profile].accelerator
+        return None if accelerator is None else accelerator.type
+    return local.accelerator_type if local is not None and local.accelerators else None
+
+
+def _precision_problem(precision: str, kinds: Mapping[str, str | None]) -> Problem | None:
+    """A precision that some worker's hardware does not compute. kinds: type of accelerator by profile, None: none."""
+    without = next((profile for profile, kind in kinds.items() if not computes(kind, precision)), None)
+    if precision == "fp8":
+        message = "fp8 does not run yet; write bf16"
+        if without is not None:
+            has = ", ".join(name for name, item in KNOWN.items() if item.fp8)
+            message = f"profile {without} does not compute fp8 (of those known, {has} do); write bf16"
+        return Problem("spec.train.precision", message, suggestion="bf16")
+    if without is not None:
+        message = f"the {kinds[without]} of profile {without} does not compute {precision}; write fp16"
+        return Problem("spec.train.precision", message, suggestion="fp16")
+    return None
 
 
 def _serve_problems(serve: Serve, profiles: set[str]) -> list[Problem]:
@@ -123,17 +176,13 @@ def _serve_problems(serve: Serve, profiles: set[str]) -> list[Problem]:
             Problem("spec.serve.task", f"{serve.task} does not run yet; write generate", suggestion="generate")
         )
     found.extend(
-        Problem(f"spec.serve.profiles[{index}]", _elsewhere(profile, profiles), suggestion=LOCAL)
+        Problem(f"spec.serve.profiles[{index}]", _elsewhere(profile, profiles, (LOCAL,)), suggestion=LOCAL)
         for index, profile in enumerate(serve.profiles)
         if profile != LOCAL
     )
     if serve.target.ttft is not None:
         message = "autoscaling does not keep a time to first token yet; remove ttft, target.queue works"
         found.append(Problem("spec.serve.target.ttft", message))
-    if serve.scheduler != "fcfs":
-        found.append(
-            Problem("spec.serve.scheduler", f"{serve.scheduler} does not run yet; write fcfs", suggestion="fcfs")
-        )
     if (serve.engine.tensor_parallel or 1) > 1:
         message = "a replica runs on one device for now; remove tensorParallel"
         found.append(Problem("spec.serve.engine.tensorParallel", message))
@@ -146,6 +195,9 @@ def _serve_problems(serve: Serve, profiles: set[str]) -> list[Problem]:
     return found
 
 
-def _elsewhere(profile: str, profiles: set[str]) -> str:
+def _elsewhere(profile: str, profiles: set[str], cluster: Collection[str]) -> str:
     known = "is described, but" if profile in profiles else "is not this machine, and"
-    return f"profile {profile} {known} this version runs everything on the machine it is started on; write local"
+    if set(cluster) <= {LOCAL}:
+        return f"profile {profile} {known} this version runs everything on the machine it is started on; write local"
+    there = ", ".join(sorted(cluster))
+    return f"profile {profile} is described, but the cluster has no machine of it; write one of those it has: {there}"

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+LOCAL = "local"
+"""The profile that is discovered on a laptop."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
@@ -86,3 +89,69 @@ class Hardware:
     accelerators: int = 0
     accelerator_memory_bytes: int = 0
     """Memory of one accelerator."""
+
+    accelerator_type: str = ""
+    """Its name, such as L4; empty where nobody knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """One worker as the planner sees it."""
+
+    name: str
+    profile: str
+    """Hardware profile, as in train.workers."""
+
+    tokens_per_s: float
+    """Speed in forward and backward, above 0: measured, or assumed before anything has run."""
+
+    memory_bytes: int
+    """Memory that training may use, its process included."""
+
+    most_tokens: int = 0
+    """Tokens beyond which a larger micro-batch is no faster; 0: memory alone decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFacts:
+    """What a model needs in training, whoever holds it. Bytes of gathered things are in the computing precision."""
+
+    state_bytes: int
+    """Trained numbers x 16: fp32 master, gradient and AdamW's two moments. Cut by the state shares."""
+
+    frozen_bytes: int
+    """Weights that do not train; whole on every worker where all have the room, else cut like the state."""
+
+    unit_bytes: int
+    """The largest block's trained weights, gathered."""
+
+    root_bytes: int
+    """Trained weights outside the blocks (embedding, head, last norm), gathered."""
+
+    activation_bytes_per_token: float
+    process_bytes: int
+    """One worker's process without any of this."""
+
+    longest_tokens: int
+    """Longest sample: no micro-batch is smaller than it."""
+
+    copy_bytes: int = 0
+    """What the writer of checkpoints keeps beside it all: 12 bytes a trained number where workers compute in main
+    memory. Cut by the state shares."""
+
+    loaded_bytes: int = 0
+    """The whole model as a worker loads it before its state is cut; 0 where that is not in the memory that is planned,
+    as with accelerators."""
+
+    working_bytes: int = 0
+    """All trained weights in the computing precision: kept gathered where there is one worker, or few of them beside
+    frozen ones."""
+
+    frozen_unit_bytes: int = 0
+    """The largest block's frozen weights; gathered only where the frozen weights are cut."""
+
+    frozen_root_bytes: int = 0
+    """The same of what is outside the blocks."""
+
+    ways: tuple[str, ...] = ("lower train.maxLength", "write train.activationCheckpointing: true")
+    """What makes it smaller when it does not fit, in the manifest's words."""

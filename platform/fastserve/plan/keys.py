@@ -1,7 +1,7 @@
 """Artifacts are addressed by what made them: the key of a stage is the digest of its section, its data and its inputs.
 
 An outside source enters a key as the digest of its content, so moving a file changes nothing and changing a byte of it
-re-runs what reads it. What changes only how fast a stage runs (workers, checkpoints, elastic) or who judges its result
+re-runs what reads it. What changes only how a stage runs (workers, their engine, checkpoints) or who judges its result
 (the gate) stays outside, and nothing under `serve` is looked at.
 """
 
@@ -17,10 +17,13 @@ from fastserve.spec.compress import CompressStep
 from fastserve.spec.evaluate import Evaluate
 from fastserve.spec.model import Model
 from fastserve.spec.source import Source
-from fastserve.spec.train import Lora, Train
+from fastserve.spec.train import Lora, Scratch, Train
 
 Role = Literal["model", "data", "adapter"]
 """What an outside source is used as; it decides which types of file may be in it."""
+
+_ONLY_FASTER = {"workers", "elastic", "checkpoint", "activation_checkpointing", "engine"}
+"""Of `train`: what changes speed and memory of a run and not its result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +144,7 @@ def request_for(model: Model, stage: Stage, digests: Mapping[str, str], attempt:
     inputs = inputs_of(model, stage)
     section = _section(model, stage, lambda source: _json(source, exclude_none=True))
     if stage is Stage.TRAIN and model.spec.train is not None:
-        section |= _json(model.spec.train, include={"workers", "checkpoint", "elastic"})
+        section |= _json(model.spec.train, include=_ONLY_FASTER)
     if stage is Stage.SOURCE:
         section = _json(model.spec.source)
     return StageRequest(
@@ -170,13 +173,17 @@ def _section(model: Model, stage: Stage, place: Callable[[Source], Any]) -> dict
 
 
 def _train_section(train: Train, place: Callable[[Source], Any]) -> dict[str, Any]:
-    section = _json(train, exclude={"workers", "checkpoint", "elastic", "dataset"})
+    section = _json(train, exclude={*_ONLY_FASTER, "dataset", "validation"})
     section["dataset"] = place(train.dataset)
+    if train.validation is not None:
+        section["validation"] = _json(train.validation, exclude={"data"}) | {"data": place(train.validation.data)}
     if train.epochs is None and train.steps is None:
         section["epochs"] = 1
     if train.method in ("lora", "qlora"):
         lora = train.lora or Lora()
         section["lora"] = _json(lora) | {"targets": sorted(set(lora.targets))}
+    if train.method == "scratch":
+        section["scratch"] = _json(train.scratch or Scratch())
     return section
 
 

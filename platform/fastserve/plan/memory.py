@@ -2,7 +2,7 @@
 
 A table is an estimate with its reasons beside it. Weights, optimizer state and KV cache follow from the model's
 shape; activations and the processes' own memory are rounded up from what was measured on a small model, so that a
-plan that fits does fit.
+plan that fits does fit. What training needs follows from its shares: `plan.training`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,17 @@ from fastserve.errors import InsufficientMemory
 from fastserve.plan.facts import Hardware, ModelFacts
 from fastserve.spec.compress import CompressStep
 from fastserve.spec.serve import Serve
-from fastserve.spec.train import Lora, Train
+from fastserve.spec.train import Lora
 from fastserve.units import show_bytes
-
-MICRO_BATCH_TOKENS = 1024
-"""Tokens that a training worker computes at once, unless one sample is longer."""
 
 KV_BLOCK_TOKENS = 128
 """Tokens in one block of the KV cache on CPU: vLLM's default there."""
-
-_TRAINER_BYTES = 1_100_000_000
-"""One training worker without the model: Ray, torch and transformers (measured: 1.0 to 1.2 GB resident)."""
 
 _ENGINE_BYTES = 1_700_000_000
 """The processes of an engine on CPU without weights and cache (measured: server 0.8 GB, engine with its worker 0.8 GB,
 pages shared)."""
 
-_ACCELERATOR_RUNTIME_BYTES = 1_500_000_000
+ACCELERATOR_RUNTIME_BYTES = 1_500_000_000
 """Context, captured graphs and libraries on an accelerator; an allowance, not measured."""
 
 _ENGINE_BATCH_TOKENS = 2048
@@ -92,43 +86,6 @@ class ByteTable:
         width = max(len(what) for what, _, _ in rows)
         listed = (f"  {what:<{width}}  {show_bytes(size):>9}  {why}".rstrip() for what, size, why in rows)
         return "\n".join([self.title, *listed])
-
-
-def training_memory(facts: ModelFacts, train: Train, workers: int) -> ByteTable:
-    """What training needs, when `workers` workers share one machine's memory. Every worker holds the whole model.
-
-    Trained numbers have 16 bytes each beside the model: fp32 master, gradient and AdamW's two moments (Rajbhandari et
-    al., 2020, arXiv 1910.02054, section 3.1). Frozen ones have none.
-    """
-    size = 4 if train.precision == "fp32" else 2
-    trained = facts.parameters if train.method in ("full", "scratch") else lora_parameters(facts, train.lora or Lora())
-    # In fp32 the trained numbers are the masters themselves; adapters come on top of the model.
-    weights = facts.parameters * size + (trained * size if trained != facts.parameters else 0)
-    masters = 0 if train.precision == "fp32" else trained * 4
-    tokens = max(min(train.max_length, facts.max_context), MICRO_BATCH_TOKENS)
-    lines = (
-        ByteLine("weights", weights, f"{facts.parameters:,} numbers in {train.precision}"),
-        ByteLine("masters", masters, f"{trained:,} trained numbers in fp32"),
-        ByteLine("gradients", trained * 4, "the same in fp32"),
-        ByteLine("optimizer", trained * 8, "AdamW's two moments in fp32"),
-        ByteLine("activations", _activation_bytes(facts, tokens, size), f"{tokens} tokens at once, an estimate"),
-        ByteLine("process", _TRAINER_BYTES, "Ray, torch and transformers"),
-    )
-    advice = "Lower train.maxLength, use fewer train.workers"
-    advice += ", or write train.method: lora" if train.method == "full" else ", or take a smaller spec.source"
-    title = f"Memory of each of {workers} training workers" if workers > 1 else "Memory of the training worker"
-    return ByteTable(title, tuple(line for line in lines if line.size_bytes), workers, advice=f"{advice}.")
-
-
-def _activation_bytes(facts: ModelFacts, tokens: int, size: int) -> int:
-    """Bytes kept from forward to backward (Korthikanti et al., 2022, arXiv 2205.05198, without the attention matrix,
-    which scaled-dot-product attention does not keep), and the logits of all tokens with their gradient in fp32."""
-    attention = facts.heads * facts.head_dim * 2 + facts.kv_heads * facts.head_dim * 2
-    per_layer = 4 * facts.hidden + attention + 4 * facts.intermediate
-    # Norms and the softmax keep fp32 copies of the residual stream.
-    kept = facts.layers * tokens * (per_layer * size + 2 * facts.hidden * 4)
-    logits = 3 * tokens * facts.vocab * 4
-    return kept + logits
 
 
 def lora_parameters(facts: ModelFacts, lora: Lora) -> int:
@@ -246,7 +203,7 @@ def serving_memory(facts: ModelFacts, serve: Serve, weight_bytes: int, hardware:
     logits = 2 * min(cache.sequences, _ENGINE_BATCH_TOKENS) * facts.vocab * 4
     tokens = kv_cache_bytes // cache.token_bytes
     accelerated = hardware.accelerators > 0
-    runtime = _ACCELERATOR_RUNTIME_BYTES if accelerated else _ENGINE_BYTES
+    runtime = ACCELERATOR_RUNTIME_BYTES if accelerated else _ENGINE_BYTES
     what_runtime = "context and graphs, an allowance" if accelerated else "its processes, measured"
     kv_why = f"{tokens:,} tokens of {cache.token_bytes} bytes; context {cache.context:,}"
     lines = (

@@ -14,6 +14,7 @@ from fastserve.plan.observed import AttemptState, Observed
 from fastserve.plan.pipeline import missing_stages
 from fastserve.plan.stages import Stage
 from fastserve.plan.time import StageEstimate
+from fastserve.plan.training import TrainingPlan
 from fastserve.spec.model import Model
 
 State = Literal["committed", "running", "will run", "not needed", "unresolved"]
@@ -75,6 +76,9 @@ class Sheet:
 
     datasets: tuple[DatasetLine, ...] = ()
     tables: tuple[ByteTable, ...] = ()
+    training: TrainingPlan | None = None
+    """How the train stage is shared; None without one."""
+
     warnings: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
     """Why this plan will not be carried out; empty when it will."""
@@ -92,6 +96,7 @@ class Sheet:
             "seconds": self.seconds,
             "datasets": [line.to_json() for line in self.datasets],
             "memory": [table.to_json() for table in self.tables],
+            "training": None if self.training is None else self.training.to_json(),
             "warnings": list(self.warnings),
             "refusals": list(self.refusals),
         }

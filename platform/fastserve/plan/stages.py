@@ -19,7 +19,7 @@ class Stage(StrEnum):
     EVALUATE = "evaluate"
 
 
-FORMAT = {Stage.SOURCE: 1, Stage.TRAIN: 1, Stage.COMPRESS: 1, Stage.EVALUATE: 1}
+FORMAT = {Stage.SOURCE: 1, Stage.TRAIN: 2, Stage.COMPRESS: 1, Stage.EVALUATE: 1}
 """Version of what each stage writes. Raised when its output changes for the same input; that re-runs the stage."""
 
 

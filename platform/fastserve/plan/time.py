@@ -11,21 +11,18 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from math import ceil
 
+from fastserve.plan.accelerators import operations_s
 from fastserve.plan.facts import DatasetFacts, Hardware, ModelFacts
 from fastserve.plan.keys import inputs_of, wanted_stages
+from fastserve.plan.shares import SharePlan
 from fastserve.plan.stages import Stage
+from fastserve.plan.training import CORE_OPERATIONS_S
 from fastserve.spec.compress import CompressStep
 from fastserve.spec.model import Model
 from fastserve.units import show_duration
 
-_TRAINING_OPERATIONS_S = 6.0e10
-"""What a core with bf16 instructions keeps up in training; fp32 has half (measured: 5 to 10e10 on small models)."""
-
 _INFERENCE_OPERATIONS_S = 8.0e10
 """What such a core keeps up in forward passes over whole rows; an allowance."""
-
-_ACCELERATOR_OPERATIONS_S = 1.0e14
-"""What an accelerator keeps up; an allowance, not measured."""
 
 _JOB_SECONDS = 15.0
 """Start of a stage's process: Ray job, torch, transformers (measured: 10 to 20 s)."""
@@ -56,22 +53,37 @@ class StageEstimate:
 
 
 def estimate(
-    model: Model, facts: ModelFacts, dataset: DatasetFacts | None, hardware: Hardware, cached: Collection[Stage]
+    model: Model,
+    facts: ModelFacts,
+    dataset: DatasetFacts | None,
+    hardware: Hardware,
+    cached: Collection[Stage],
+    shares: SharePlan | None = None,
 ) -> list[StageEstimate]:
     """Estimates of the wanted stages in order, and of the engine's start as `serve`.
 
-    dataset: of train.dataset; None without a train stage. cached: stages whose artifacts are committed.
+    dataset: of train.dataset; None without a train stage. cached: stages whose artifacts are committed. shares: how
+    training is shared; None: this machine works alone.
     """
     found = []
     for stage in wanted_stages(model):
         if stage in cached:
             found.append(StageEstimate(stage, 0.0, "committed already"))
             continue
-        seconds, why = _stage(model, stage, facts, dataset, hardware)
+        if stage is Stage.TRAIN and shares is not None and dataset is not None:
+            seconds, why = _shared_training(model, dataset, shares)
+        else:
+            seconds, why = _stage(model, stage, facts, dataset, hardware)
         found.append(StageEstimate(stage, seconds, why))
     if model.spec.serve is not None:
         found.append(StageEstimate("serve", _ENGINE_SECONDS, "one engine start"))
     return found
+
+
+def _shared_training(model: Model, dataset: DatasetFacts, shares: SharePlan) -> tuple[float, str]:
+    steps = ceil(training_tokens(model, dataset) / shares.batch_tokens)
+    why = f"{steps} steps of {show_duration(shares.step_seconds)} on {len(shares.workers)} workers"
+    return _JOB_SECONDS * 2 + steps * shares.step_seconds, why
 
 
 def _stage(
@@ -83,7 +95,7 @@ def _stage(
         frozen = spec.train.method in ("lora", "qlora")
         # With frozen weights the backward pass computes no gradient of a weight: half of its work.
         operations = tokens * facts.parameters * (4 if frozen else 6)
-        speed = _operations_s(hardware, _TRAINING_OPERATIONS_S) * (0.5 if spec.train.precision == "fp32" else 1)
+        speed = _operations_s(hardware, CORE_OPERATIONS_S) * (0.5 if spec.train.precision == "fp32" else 1)
         return _JOB_SECONDS * 2 + operations / speed, f"{tokens:,} tokens x {facts.parameters:,} numbers"
     if stage is Stage.COMPRESS:
         has_rows = spec.train is not None
@@ -117,12 +129,12 @@ def _compress_step(step: CompressStep, facts: ModelFacts, hardware: Hardware, ha
     if step.quantize.method == "roundToNearest" or not calibrated:
         return 2.0
     tokens = calibration.rows * min(_ROW_TOKENS, calibration.max_length)
-    return tokens * facts.parameters * _GPTQ_OPERATIONS / _operations_s(hardware, _TRAINING_OPERATIONS_S)
+    return tokens * facts.parameters * _GPTQ_OPERATIONS / _operations_s(hardware, CORE_OPERATIONS_S)
 
 
 def _operations_s(hardware: Hardware, core_operations_s: float) -> float:
     if hardware.accelerators:
-        return hardware.accelerators * _ACCELERATOR_OPERATIONS_S
+        return hardware.accelerators * operations_s(hardware.accelerator_type)
     return hardware.cpus * core_operations_s
 
 

@@ -6,6 +6,7 @@ what is read, what is written back, what editors show and what an error says.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,6 +132,12 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _plain(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{_shown(value)} is not a number, a flag or a text; write one of them, such as 4 or true")
+    return value
+
+
 def _day(value: Any) -> Any:
     if isinstance(value, date):
         return value
@@ -172,6 +179,13 @@ Number = Annotated[
 
 Flag = Annotated[bool, Strict()]
 """true or false; the text `"yes"` is neither, here as on a cluster."""
+
+Plain = Annotated[
+    bool | int | float | str,
+    BeforeValidator(_plain, json_schema_input_type=bool | int | float | str),
+    Form("plain value", "4, true or silu"),
+]
+"""A plain value of somebody else's configuration, handed on as it is."""
 
 Day = Annotated[
     date, BeforeValidator(_day), WithJsonSchema({"type": "string", "format": "date"}), Form("day", "2027-06-30")

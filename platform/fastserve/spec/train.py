@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fastserve.spec.section import Name, Number, Positive, Section, Whole, wrong_at
+from fastserve.spec.section import Flag, Name, Number, Plain, Positive, Section, Whole, wrong_at
 from fastserve.spec.source import SourceRef
 
 
@@ -36,14 +36,15 @@ class Workers(Section):
     """Workers of this profile."""
 
     speed: Annotated[Number, Field(gt=0)] | None = None
-    """Relative speed to begin with; measured when left out."""
+    """Speed of one of these workers against the others, to begin with: 2 is twice a 1. Measured when left out; beside
+    groups that give theirs it begins as 1."""
 
 
 class Elastic(Section):
     """How far a run may shrink when machines are lost."""
 
     min_workers: Positive
-    """Fewest workers to go on with."""
+    """Fewest workers to go on with; one that comes back is taken in again, up to what workers lists."""
 
 
 class Checkpoint(Section):
@@ -53,7 +54,37 @@ class Checkpoint(Section):
     """Optimizer steps between checkpoints."""
 
     keep: Positive = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; the one of the lowest validation loss is kept besides."""
+
+
+class Validation(Section):
+    """Rows whose loss is measured while it trains; what is kept in the end are the weights of the lowest loss."""
+
+    data: SourceRef
+    """Held-out rows, in any form that `dataset` takes; none of them may be in `dataset`."""
+
+    every_steps: Positive = 50
+    """Optimizer steps between two measurements; the last step is always measured."""
+
+    patience: Positive | None = None
+    """Stop after so many measurements in a row without a new lowest loss. Absent: train to the end."""
+
+
+class Scratch(Section):
+    """A model with random weights, in the source's architecture."""
+
+    vocabulary: Annotated[Whole, Field(gt=256)] | None = None
+    """Tokens of a byte-level BPE tokenizer that is trained on `dataset` (Sennrich et al., 2016, arXiv 1508.07909); 256
+    of them are the bytes. Absent: the source's tokenizer is kept."""
+
+    config: dict[str, Plain] = Field(default_factory=dict)
+    """Keys of the source's config.json with other values, such as `{num_hidden_layers: 4, hidden_size: 256}`."""
+
+    @model_validator(mode="after")
+    def _the_vocabulary_has_one_place(self) -> Self:
+        if "vocab_size" in self.config:
+            raise wrong_at("config.vocab_size", "follows from the tokenizer; write scratch.vocabulary, or remove it")
+        return self
 
 
 class Train(Section):
@@ -79,7 +110,13 @@ class Train(Section):
     """Tokens in one optimizer step, over all workers."""
 
     max_length: Positive = 2048
-    """Longest sample in tokens; what is beyond is cut. A row without a trained token left is left out and counted."""
+    """Longest sample in tokens. A row without a trained token left is left out and counted."""
+
+    over_length: Literal["truncate", "drop"] = "truncate"
+    """A sample longer than maxLength: truncate cuts what is beyond, drop leaves it out; both are counted."""
+
+    packing: Flag = False
+    """Whether samples stand behind each other in one row instead of being filled up; each attends to itself alone."""
 
     learning_rate: Annotated[Number, Field(gt=0)] = 2e-4
     """Peak learning rate."""
@@ -102,6 +139,12 @@ class Train(Section):
     lora: Lora | None = None
     """Adapter settings for lora and qlora."""
 
+    scratch: Scratch | None = None
+    """Shape and tokenizer for scratch."""
+
+    validation: Validation | None = None
+    """Absent: no loss is measured while it trains, and the last weights are kept."""
+
     workers: Annotated[list[Workers], Field(min_length=1)] = Field(
         default_factory=lambda: [Workers(profile="local", count=1)]
     )
@@ -112,6 +155,13 @@ class Train(Section):
 
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     """When training state is saved."""
+
+    activation_checkpointing: Flag = False
+    """Whether each block's activations are computed again in the backward pass instead of kept: less memory, about a
+    fifth more time (Chen et al., 2016, arXiv 1604.06174)."""
+
+    engine: Literal["sharded", "fsdp2"] = "sharded"
+    """sharded (state and batch cut in any shares), fsdp2 (PyTorch's own, for equal workers)."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -126,8 +176,40 @@ class Train(Section):
         return self
 
     @model_validator(mode="after")
+    def _scratch_settings_fit_the_method(self) -> Self:
+        if self.scratch is not None and self.method != "scratch":
+            raise wrong_at(
+                "scratch", f"does not go with method: {self.method}; write method: scratch, or remove scratch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fsdp2_has_equal_workers(self) -> Self:
+        if self.engine == "fsdp2":
+            profiles = {group.profile for group in self.workers}
+            speeds = {group.speed for group in self.workers}
+            if len(profiles) > 1 or len(speeds) > 1:
+                differ = "profiles" if len(profiles) > 1 else "speeds"
+                raise wrong_at(
+                    "engine",
+                    f"fsdp2 shares evenly, and the workers have unequal {differ}; write engine: sharded, or one group "
+                    f"of {self.worker_count} equal workers",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _a_token_for_each_worker(self) -> Self:
+        if self.batch_tokens < self.worker_count:
+            raise wrong_at(
+                "batchTokens",
+                f"is {self.batch_tokens}, fewer than the {self.worker_count} workers listed, so some would have "
+                "nothing to do; raise batchTokens or list fewer workers",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _elastic_within_workers(self) -> Self:
-        count = sum(group.count for group in self.workers)
+        count = self.worker_count
         if self.elastic is not None and self.elastic.min_workers > count:
             raise wrong_at(
                 "elastic.minWorkers",

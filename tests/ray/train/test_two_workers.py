@@ -209,12 +209,14 @@ def undisturbed(start: Callable[..., Run], store: Store, calm: list[list[dict[st
     return calm[0]
 
 
-def same_losses(one: list[dict[str, Any]], two: list[dict[str, Any]], last_within: float = 1e-5) -> None:
+def same_losses(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
     assert [row["step"] for row in one] == list(range(1, STEPS + 1))
     assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
     assert [row["trainedTokens"] for row in one] == [row["trainedTokens"] for row in two]
-    assert one[0]["loss"] == pytest.approx(two[0]["loss"], abs=1e-6)
-    assert one[-1]["loss"] == pytest.approx(two[-1]["loss"], abs=last_within)
+    assert [row["loss"] for row in one[:30]] == pytest.approx([row["loss"] for row in two[:30]], abs=5e-6)
+    # The batch is shared by what was measured, so sums are taken in other orders, and Adam turns rounding into whole
+    # steps wherever a gradient is nearly 0; after 200 steps the last digits show it.
+    assert one[-1]["loss"] == pytest.approx(two[-1]["loss"], abs=1e-3)
 
 
 def test_two_workers_have_the_losses_of_one(
@@ -222,9 +224,7 @@ def test_two_workers_have_the_losses_of_one(
 ) -> None:
     two = undisturbed(start, store, calm_curve)
     one = curve(store, start("d", workers=1).record())
-    assert [row["loss"] for row in two[:20]] == pytest.approx([row["loss"] for row in one[:20]], abs=5e-6)
-    # Adam turns rounding into whole steps wherever a gradient is nearly 0; after 200 steps the last digits show it.
-    same_losses(two, one, last_within=1e-3)
+    same_losses(two, one)
     assert two[-1]["loss"] < two[0]["loss"]
 
 
@@ -238,6 +238,10 @@ def test_a_killed_worker_costs_nothing_but_time(
     workers[-1].kill()
     record = run.record()
     assert record.attempt == 1
+    sharing = record.metrics["sharing"]
+    assert sharing["restarts"] == 1
+    assert sharing["lostSteps"] <= EVERY_STEPS
+    assert sharing["proof"]["gradientError"] <= 2e-6
     same_losses(curve(store, record), undisturbed(start, store, calm_curve))
 
 

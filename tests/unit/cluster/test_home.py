@@ -43,6 +43,9 @@ def test_a_model_is_wanted_until_it_is_not(home: Home) -> None:
     home.unwant("chat")
     assert home.model_names() == []
     assert home.known_models() == ["chat"]
+    assert home.ended("chat") == model()
+    home.want(model(), {}, {})
+    assert home.ended("chat") is None, "what is wanted has not ended"
 
 
 def test_a_resolved_digest_is_added_to_the_others(home: Home) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from fastserve.errors import ManifestInvalid
@@ -52,6 +54,32 @@ def test_what_the_manifest_says_reaches_the_engine(smol, laptop):
     assert "--no-enforce-eager" in found
     assert found[-3:] == ["--block-size=32", "--seed", "7"]
     assert "--block-size=128" not in found
+
+
+def test_first_come_first_served_is_vllms_own(smol, laptop):
+    assert not any("schedul" in item for item in args(smol, laptop))
+
+
+def test_priority_is_vllms_own_policy(smol, laptop):
+    assert [item for item in args(smol, laptop, scheduler="priority") if "schedul" in item] == [
+        "--scheduling-policy=priority"
+    ]
+
+
+def test_mlfq_is_a_scheduler_of_ours_with_its_options_and_small_blocks(smol, laptop):
+    found = args(smol, laptop, scheduler="mlfq", schedulerOptions={"quantum": 64, "starvation": "10s"})
+    assert "--scheduling-policy=priority" in found
+    assert "--scheduler-cls=fastserve.stages.serve.mlfq.scheduler" in found
+    (told,) = [item.partition("=")[2] for item in found if item.startswith("--additional-config=")]
+    assert json.loads(told) == {"mlfq": {"levels": 3, "quantum": 64, "starvation": 10}}
+    assert "--enable-prefix-caching" in found
+    assert "--block-size=32" in found
+    assert "--block-size=64" in args(smol, laptop, scheduler="mlfq", engine={"extraArgs": ["--block-size=64"]})
+
+
+def test_every_flag_of_every_scheduler_is_one_of_vllm(smol, laptop):
+    for scheduler in ("fcfs", "priority", "mlfq"):
+        assert {item.split("=")[0] for item in args(smol, laptop, scheduler=scheduler)} <= FLAGS
 
 
 def test_an_accelerator_is_not_run_eagerly_and_keeps_its_own_cache(smol):

@@ -4,6 +4,7 @@ import pytest
 
 from fastserve.errors import ManifestInvalid, NotExecutable
 from fastserve.plan.executable import check, check_access_key
+from fastserve.plan.facts import Hardware
 from fastserve.spec.model import AccessKey, HardwareProfile
 
 DATA = {"dataset": "file:///d"}
@@ -25,25 +26,12 @@ def test_everything_that_the_quickstart_asks_for_runs(model, all_stages):
 @pytest.mark.parametrize(
     ("spec", "path", "instead"),
     [
-        ({"train": DATA | {"method": "qlora"}}, "spec.train.method", "lora or full"),
-        ({"train": DATA | {"method": "scratch"}}, "spec.train.method", "lora or full"),
-        ({"train": DATA | {"precision": "fp16"}}, "spec.train.precision", "bf16"),
-        ({"train": DATA | {"precision": "fp8"}}, "spec.train.precision", "bf16"),
-        ({"train": DATA | {"elastic": {"minWorkers": 1}}}, "spec.train.elastic", "remove elastic"),
+        ({"train": DATA | {"method": "qlora"}}, "spec.train.method", "profile local has none; write lora"),
+        ({"train": DATA | {"precision": "fp8"}}, "spec.train.precision", "profile local does not compute fp8"),
         (
-            {"train": DATA | {"workers": [{"profile": "a100", "count": 1}]}},
-            "spec.train.workers[0].profile",
-            "write local",
-        ),
-        (
-            {"train": DATA | {"workers": [{"profile": "local", "count": 1, "speed": 2}]}},
-            "spec.train.workers[0].speed",
-            "remove speed",
-        ),
-        (
-            {"train": DATA | {"workers": [{"profile": "local", "count": 1}, {"profile": "local", "count": 2}]}},
-            "spec.train.workers",
-            "{profile: local, count: 3}",
+            {"train": DATA | {"method": "scratch"}, "evaluate": {"data": "file:///e"}},
+            "spec.evaluate",
+            "use train.validation",
         ),
         ({"compress": [{"prune": {"layers": 0.5}}]}, "spec.compress[0].prune", "int8"),
         ({"compress": [{"quantize": {"format": "int4"}}]}, "spec.compress[0].quantize.format", "write int8"),
@@ -51,9 +39,13 @@ def test_everything_that_the_quickstart_asks_for_runs(model, all_stages):
         ({"compress": [{"quantize": {"format": "int8"}}] * 2}, "spec.compress[1]", "keep one"),
         ({"source": "pvc://claim/model"}, "spec.source", "file://"),
         ({"train": {"dataset": "pvc://claim/rows"}}, "spec.train.dataset", "s3://"),
+        (
+            {"train": DATA | {"validation": {"data": "pvc://claim/rows"}}},
+            "spec.train.validation.data",
+            "s3://",
+        ),
         ({"evaluate": {"data": "pvc://claim/rows"}}, "spec.evaluate.data", "file://"),
         ({"serve": {"task": "embed"}}, "spec.serve.task", "write generate"),
-        ({"serve": {"scheduler": "mlfq"}}, "spec.serve.scheduler", "write fcfs"),
         ({"serve": {"adapters": [{"name": "de", "source": "s3://b/de"}]}}, "spec.serve.adapters", "method: lora"),
         ({"serve": {"rollout": {}}}, "spec.serve.rollout", "remove rollout"),
         ({"serve": {"profiles": ["local", "l4"]}}, "spec.serve.profiles[1]", "write local"),
@@ -70,26 +62,86 @@ def test_what_does_not_run_yet_is_refused_by_name_with_a_way_out(model, spec, pa
 def test_everything_is_told_in_one_go(model):
     found = refusals(
         model(
-            train=DATA | {"method": "qlora", "precision": "fp8", "elastic": {"minWorkers": 1}},
+            train=DATA | {"method": "qlora", "precision": "fp8"},
             compress=[{"prune": {"layers": 0.5}}],
             serve={"task": "embed", "rollout": {}},
         )
     )
-    assert len(found) == 6
+    assert len(found) == 5
 
 
-def test_a_profile_of_the_file_is_accepted_and_still_not_used(model):
-    profile = HardwareProfile.model_validate(
+def hardware_profile(name, **spec):
+    return HardwareProfile.model_validate(
         {
             "apiVersion": "fastserve.dev/v1alpha1",
             "kind": "HardwareProfile",
-            "metadata": {"name": "l4"},
-            "spec": {"cpus": 8, "memory": "32GiB"},
+            "metadata": {"name": name},
+            "spec": {"cpus": 8, "memory": "32GiB", **spec},
         }
     )
+
+
+def test_a_profile_of_the_file_is_accepted_and_still_not_used(model):
+    profile = hardware_profile("l4")
     check(model(serve={}), [profile])
     with pytest.raises(NotExecutable, match="profile l4 is described, but"):
         check(model(serve={"profiles": ["l4"]}), [profile])
+
+
+def test_what_training_runs_since_it_shares_unequally(model):
+    check(model(train=DATA | {"method": "scratch", "precision": "fp16", "elastic": {"minWorkers": 1}}))
+    groups = [{"profile": "local", "count": 1, "speed": 3}, {"profile": "local", "count": 2}]
+    check(model(train=DATA | {"workers": groups, "elastic": {"minWorkers": 2}}))
+
+
+def test_workers_of_a_profile_that_nobody_describes_are_a_mistake(model):
+    workers = [{"profile": "local", "count": 1}, {"profile": "l40", "count": 2}]
+    with pytest.raises(ManifestInvalid) as caught:
+        check(model(train=DATA | {"workers": workers}), [hardware_profile("l4")])
+    (problem,) = caught.value.problems
+    assert (problem.path, problem.suggestion) == ("spec.train.workers[1].profile", "l4")
+    assert "no HardwareProfile is named l40; write l4, or add one" in problem.message
+
+
+def test_workers_of_a_profile_that_the_cluster_lacks_are_refused_and_those_that_it_has_run(model):
+    profiles = [hardware_profile("l4"), hardware_profile("a100")]
+    workers = [{"profile": "a100", "count": 1}, {"profile": "l4", "count": 2}]
+    unequal = model(train=DATA | {"workers": workers})
+    with pytest.raises(NotExecutable, match="on the machine it is started on; write local"):
+        check(unequal, profiles)
+    with pytest.raises(NotExecutable) as caught:
+        check(unequal, profiles, cluster={"l4", "h100"})
+    (problem,) = caught.value.problems
+    assert problem.path == "spec.train.workers[0].profile"
+    assert "no machine of it; write one of those it has: h100, l4" in problem.message
+    check(unequal, profiles, cluster={"l4", "a100"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "accelerator", "words"),
+    [
+        ({"method": "qlora"}, "L4", None),
+        ({"method": "qlora"}, None, "profile gpu has none; write lora"),
+        ({"precision": "fp8"}, "A100", "profile gpu does not compute fp8"),
+        ({"precision": "fp8"}, "H100", "fp8 does not run yet; write bf16"),
+        ({"precision": "bf16"}, "nvidia-t4", "the nvidia-t4 of profile gpu does not compute bf16; write fp16"),
+        ({"precision": "fp16"}, "T4", None),
+        ({"precision": "bf16"}, "Unheard-Of", None),
+    ],
+)
+def test_what_the_hardware_of_a_profile_cannot_do_is_refused(model, settings, accelerator, words):
+    has = {} if accelerator is None else {"accelerator": {"type": accelerator, "memory": "24GiB"}}
+    found = model(train=DATA | settings | {"workers": [{"profile": "gpu", "count": 2}]})
+    if words is None:
+        check(found, [hardware_profile("gpu", **has)], cluster={"gpu"})
+        return
+    with pytest.raises(NotExecutable, match=words):
+        check(found, [hardware_profile("gpu", **has)], cluster={"gpu"})
+
+
+def test_the_accelerator_of_this_machine_counts(model):
+    card = Hardware(cpus=8, memory_bytes=2**35, accelerators=1, accelerator_memory_bytes=2**34, accelerator_type="L4")
+    check(model(train=DATA | {"method": "qlora"}), local=card)
 
 
 def test_a_flag_that_may_not_reach_the_engine_is_a_mistake_and_not_a_missing_feature(model):

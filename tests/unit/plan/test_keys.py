@@ -12,7 +12,7 @@ from fastserve.spec.evaluate import Evaluate
 from fastserve.spec.source import Source
 from fastserve.spec.train import Train
 
-GOLDEN = {"source": "e8375bab4e40", "train": "7d55133adcf3", "compress": "b2a29ff14d00", "evaluate": "3dd8c24536e9"}
+GOLDEN = {"source": "e8375bab4e40", "train": "28589d01a6e2", "compress": "0502f33aa971", "evaluate": "c74d4e494933"}
 ALL = [Stage.SOURCE, Stage.TRAIN, Stage.COMPRESS, Stage.EVALUATE]
 
 
@@ -105,6 +105,11 @@ def test_an_unresolved_source_leaves_out_its_stage_and_what_follows(model, all_s
         ("train.workers", [{"profile": "local", "count": 2}], []),
         ("train.checkpoint", {"everySteps": 7}, []),
         ("train.elastic", {"minWorkers": 1}, []),
+        ("train.activationCheckpointing", True, []),
+        ("train.engine", "fsdp2", []),
+        ("train.packing", True, ALL[1:]),
+        ("train.overLength", "drop", ALL[1:]),
+        ("train.validation", {"data": "file:///data/validation.jsonl"}, ALL[1:]),
         ("compress.0.quantize.method", "roundToNearest", ALL[2:]),
         ("compress.0.quantize.calibration", {"rows": 16}, ALL[2:]),
         ("evaluate.maxRows", 20, ALL[3:]),
@@ -157,6 +162,8 @@ def test_a_whole_number_and_its_float_give_one_key(model, all_stages):
         ("train.epochs", 1),
         ("train.batchTokens", 4096),
         ("train.workers", [{"profile": "local", "count": 1}]),
+        ("train.packing", False),
+        ("train.overLength", "truncate"),
         ("compress.0.quantize.calibration", {"rows": 64}),
         ("compress.0.quantize.calibration", {"data": "file:///data/train.jsonl"}),
         ("evaluate.context", 1024),
@@ -165,6 +172,33 @@ def test_a_whole_number_and_its_float_give_one_key(model, all_stages):
 )
 def test_a_default_written_out_gives_the_same_key(model, all_stages, path, value):
     assert keys(varied(model, all_stages, path, value)) == keys(model(**all_stages))
+
+
+def test_scratch_settings_left_out_are_those_of_an_empty_block(model):
+    bare, empty, small = (
+        model(train={"dataset": "file:///d", "method": "scratch", **more})
+        for more in ({}, {"scratch": {}}, {"scratch": {"config": {"num_hidden_layers": 2}}})
+    )
+    assert keys(bare) == keys(empty)
+    assert changed_stages(keys(bare), keys(small)) == [Stage.TRAIN]
+
+
+def test_validation_rows_are_an_outside_source_whose_content_decides(model):
+    train = {"dataset": "file:///d", "validation": {"data": "file:///v", "patience": 3}}
+    full = model(train=train)
+    assert [item.ident for item in data_of(full, Stage.TRAIN)] == ["file:///d", "file:///v"]
+    assert changed_stages(keys(full), keys(full, **{"file:///v": "other"})) == [Stage.TRAIN]
+    moved = model(train=train | {"validation": {"data": "s3://b/v", "patience": 3}})
+    assert keys(moved, **{"s3://b/v": "digest of file:///v"}) == keys(full)
+    section = request_for(full, Stage.TRAIN, digests(full), 1).section
+    assert Train.model_validate(section).validation.data.uri == "file:///v"
+
+
+def test_a_request_carries_what_the_key_leaves_out(model):
+    train = {"dataset": "file:///d", "engine": "fsdp2", "activationCheckpointing": True, "elastic": {"minWorkers": 1}}
+    full = model(train=train)
+    found = Train.model_validate(request_for(full, Stage.TRAIN, digests(full), 1).section)
+    assert (found.engine, found.activation_checkpointing, found.elastic.min_workers) == ("fsdp2", True, 1)
 
 
 def test_the_order_of_adapter_targets_does_not_matter(model, all_stages):

@@ -13,11 +13,10 @@ from fastserve.plan.memory import (
     lora_parameters,
     plan_cache,
     serving_memory,
-    training_memory,
 )
 from fastserve.spec.compress import CompressStep
 from fastserve.spec.serve import Serve
-from fastserve.spec.train import Lora, Train
+from fastserve.spec.train import Lora
 
 GIB = 2**30
 MB = 10**6
@@ -25,10 +24,6 @@ MB = 10**6
 
 def quantize(**settings):
     return CompressStep.model_validate({"quantize": settings})
-
-
-def train(**settings):
-    return Train.model_validate({"dataset": "file:///d", **settings})
 
 
 def serve(**settings):
@@ -62,52 +57,19 @@ def test_without_steps_the_size_stays(smol):
     assert compressed_bytes(smol, []) == smol.weight_bytes
 
 
-def test_full_training_has_16_bytes_a_number_beside_the_model(smol):
-    found = sizes(training_memory(smol, train(method="full"), 1))
-    assert found["weights"] == 2 * smol.parameters
-    assert found["masters"] + found["gradients"] + found["optimizer"] == 16 * smol.parameters
-
-
-def test_full_training_in_fp32_keeps_no_second_copy(smol):
-    found = sizes(training_memory(smol, train(method="full", precision="fp32"), 1))
-    assert "masters" not in found
-    assert found["weights"] == 4 * smol.parameters
-
-
-def test_lora_trains_its_adapters_alone(smol):
-    adapters = lora_parameters(smol, Lora())
-    assert adapters == 4_884_480
-    found = sizes(training_memory(smol, train(), 1))
-    assert found["optimizer"] == 8 * adapters
-    assert found["weights"] == 2 * (smol.parameters + adapters)
-
-
 def test_lora_counts_its_targets(smol):
+    assert lora_parameters(smol, Lora()) == 4_884_480
     assert lora_parameters(smol, Lora(rank=8, targets=["q_proj"])) == 30 * 8 * (576 + 576)
     assert lora_parameters(smol, Lora(rank=8, targets=["renamed"])) == lora_parameters(smol, Lora(rank=8))
 
 
-def test_longer_samples_need_more_and_no_sample_is_longer_than_the_model_takes(smol):
-    def activations(length):
-        return sizes(training_memory(smol, train(maxLength=length), 1))["activations"]
-
-    assert activations(64) == activations(1024) < activations(4096)
-    assert activations(8192) == activations(100_000)
-
-
-def test_workers_on_one_machine_share_its_memory(smol):
-    one, two = (training_memory(smol, train(), count) for count in (1, 2))
-    assert two.total_bytes == 2 * one.total_bytes
-    assert fits(two, two.total_bytes).available_bytes == two.total_bytes
-
-
-def test_what_does_not_fit_is_told_with_the_table_and_the_way_out(smol):
-    table = training_memory(smol, train(method="full"), 2)
+def test_what_does_not_fit_is_told_with_the_table_and_the_way_out(smol, laptop):
+    table = replace(serving_memory(smol, serve(), smol.weight_bytes, laptop), copies=2)
     with pytest.raises(InsufficientMemory) as caught:
         fits(table, table.total_bytes - GIB)
     told = str(caught.value)
     assert caught.value.exit_code == 3
-    for word in ("weights", "optimizer", "all 2", "so 1 GiB are missing", "train.maxLength", "train.method: lora"):
+    for word in ("weights", "KV cache", "all 2", "so 1 GiB are missing", "Lower serve.context"):
         assert word in told
 
 
@@ -160,11 +122,3 @@ def test_on_an_accelerator_the_engine_takes_what_is_left(smol):
     card = Hardware(cpus=8, memory_bytes=32 * GIB, accelerators=1, accelerator_memory_bytes=24 * GIB)
     assert plan_cache(smol, serve(), card).kv_cache_bytes is None
     assert serving_memory(smol, serve(), smol.weight_bytes, card).total_bytes < 4 * GIB
-
-
-def test_a_big_model_does_not_fit_a_laptop(smol, laptop):
-    big = replace(
-        smol, parameters=8_000_000_000, weight_bytes=16_000_000_000, layers=36, hidden=4096, intermediate=12288
-    )
-    with pytest.raises(InsufficientMemory):
-        fits(training_memory(big, train(method="full"), 1), laptop.memory_bytes)

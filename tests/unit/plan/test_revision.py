@@ -27,6 +27,15 @@ def test_sizes_and_defaults_written_differently_are_one_revision():
     assert section() == section(task="generate", engine={"prefixCaching": True})
 
 
+def test_the_options_of_mlfq_decide_and_are_part_of_no_other_revision():
+    plain = section(scheduler="mlfq")
+    assert plain == section(scheduler="mlfq", schedulerOptions={"levels": 3, "starvation": "30s"})
+    assert plain != section(scheduler="mlfq", schedulerOptions={"quantum": 50})
+    assert "schedulerOptions" not in section()
+    found = Revision("chat", Stage.TRAIN, "k", "d", section(scheduler="mlfq", schedulerOptions={"starvation": "1.5m"}))
+    assert found.section().scheduler_options.starvation == 90
+
+
 def test_the_section_can_be_read_back():
     found = Revision("chat", Stage.TRAIN, "k", "d", section(context=64, engine={"kvCache": "1GiB", "maxSequences": 3}))
     assert (found.section().context, found.section().engine.kv_cache) == (64, 2**30)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from fastserve.plan.facts import DatasetFacts, Hardware
 from fastserve.plan.keys import outside, stage_keys
 from fastserve.plan.memory import serving_memory
@@ -9,6 +11,7 @@ from fastserve.plan.observed import Attempt, AttemptState, Committed, Observed
 from fastserve.plan.sheet import DatasetLine, Sheet, stage_lines
 from fastserve.plan.stages import Stage
 from fastserve.plan.time import estimate, total_text, training_tokens
+from fastserve.plan.training import plan_training
 
 ROWS = DatasetFacts(rows=100, used=98, left_out={"empty": 2}, truncated=1, tokens=20_000, trained_tokens=9_000)
 
@@ -39,6 +42,22 @@ def test_time_grows_with_work_and_shrinks_with_cores(model, all_stages, smol, la
     assert train_seconds(Hardware(cpus=16, memory_bytes=2**35)) < train_seconds(laptop)
     card = Hardware(cpus=16, memory_bytes=2**35, accelerators=1, accelerator_memory_bytes=2**35)
     assert train_seconds(card) < train_seconds(laptop)
+
+
+def test_training_takes_its_steps_on_the_workers_that_share_it(model, smol, laptop):
+    def seconds(speed):
+        workers = [{"profile": "local", "count": 1, "speed": speed}, {"profile": "local", "count": 1}]
+        found = model(train={"dataset": "file:///d", "batchTokens": 2000, "epochs": 2, "workers": workers})
+        shares = plan_training(smol, found.spec.train, laptop).shares
+        line = estimate(found, smol, ROWS, laptop, (), shares)[1]
+        assert "20 steps of" in line.why
+        assert "on 2 workers" in line.why
+        return line.seconds, shares.step_seconds
+
+    (even, step), (uneven, other_step) = seconds(1), seconds(3)
+    assert even == pytest.approx(30 + 20 * step)
+    # Speeds say who of them does what, and not how fast the machine is.
+    assert (uneven, other_step) == pytest.approx((even, step))
 
 
 def test_steps_count_their_batches(model):
@@ -83,6 +102,7 @@ def test_the_whole_sheet_is_plain_json(model, all_stages, smol, laptop):
         stages=stage_lines(full, seen(full), estimate(full, smol, ROWS, laptop, ())),
         datasets=(DatasetLine("train.dataset", ROWS),),
         tables=(serving_memory(smol, full.spec.serve, smol.weight_bytes, laptop),),
+        training=plan_training(smol, full.spec.train, laptop),
         warnings=("end token put right",),
     )
     plain = json.loads(json.dumps(sheet.to_json(), allow_nan=False))
@@ -90,3 +110,5 @@ def test_the_whole_sheet_is_plain_json(model, all_stages, smol, laptop):
     assert plain["memory"][0]["totalBytes"] == sum(line["bytes"] for line in plain["memory"][0]["lines"])
     assert plain["seconds"] == sum(line["seconds"] for line in plain["stages"])
     assert plain["refusals"] == []
+    assert plain["training"]["workers"][0]["batchShare"] == 1
+    assert Sheet("chat", ()).to_json()["training"] is None

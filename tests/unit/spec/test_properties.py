@@ -63,6 +63,13 @@ BY_KEY = {
     "annotations": st.dictionaries(texts, texts, max_size=2),
     "nodeSelector": st.dictionaries(texts, texts, max_size=2),
     "steps": st.integers(1, 10**6),
+    "count": st.integers(1, 100),
+    "batchTokens": st.integers(200, 10**6),
+    "vocabulary": st.integers(257, 10**6),
+    "levels": st.integers(2, 8),
+    "config": st.dictionaries(
+        texts, st.booleans() | st.integers(-(2**53), 2**53) | st.floats(-1e6, 1e6) | texts, max_size=2
+    ),
 }
 
 
@@ -103,6 +110,10 @@ def agreeing(block: str, value: dict[str, Any]) -> dict[str, Any]:
             value.pop("epochs", None)
         if value.get("method") in ("full", "scratch"):
             value.pop("lora", None)
+        if value.get("method") != "scratch":
+            value.pop("scratch", None)
+        if len({(group["profile"], group.get("speed")) for group in value.get("workers", [])}) > 1:
+            value.pop("engine", None)
         value.pop("elastic", None) if len(value.get("workers", [1])) < value.get("elastic", {}).get(
             "minWorkers", 0
         ) else None
@@ -124,8 +135,15 @@ def agreeing(block: str, value: dict[str, Any]) -> dict[str, Any]:
         value["max"] = max(value.get("min", 1), value.get("max", 1))
     elif block == "Rollout":
         value["steps"] = [5, 25, 100]
-    elif block == "Serve" and "adapters" in value:
-        value["adapters"] = [{**item, "name": f"{item['name'][:8]}-{n}"} for n, item in enumerate(value["adapters"])]
+    elif block == "Serve":
+        if "adapters" in value:
+            value["adapters"] = [
+                {**item, "name": f"{item['name'][:8]}-{n}"} for n, item in enumerate(value["adapters"])
+            ]
+        if value.get("scheduler") == "mlfq":
+            value.get("engine", {}).pop("prefixCaching", None)
+        else:
+            value.pop("schedulerOptions", None)
     return value
 
 

@@ -21,6 +21,17 @@ HEAD = "apiVersion: fastserve.dev/v1alpha1\nkind: Model\nmetadata: {name: a}\nsp
         ("{source: a, serve: {replicas: {min: 3, max: 2}}}", "spec.serve.replicas.min", "above max"),
         ("{source: a, serve: {rollout: {steps: [25, 5]}}}", "spec.serve.rollout.steps", "end with 100"),
         ("{source: a, serve: {rollout: {maxErrorRate: 101%}}}", "spec.serve.rollout.maxErrorRate", "up to 100%"),
+        ("{source: a, serve: {schedulerOptions: {quantum: 9}}}", "spec.serve.schedulerOptions", "belongs to mlfq"),
+        (
+            "{source: a, serve: {scheduler: mlfq, engine: {prefixCaching: false}}}",
+            "spec.serve.scheduler",
+            "resumes requests from the prefix cache",
+        ),
+        (
+            "{source: a, serve: {scheduler: mlfq, schedulerOptions: {levels: 1}}}",
+            "spec.serve.schedulerOptions.levels",
+            "2",
+        ),
         ("{source: a, serve: {engine: {kvCache: 0GiB}}}", "spec.serve.engine.kvCache", "above 0B"),
         ("{source: a, serve: {profiles: l4}}", "spec.serve.profiles", "write [l4]"),
         ("{source: a, serve: {context: 1.5}}", "spec.serve.context", "whole number"),
@@ -42,6 +53,45 @@ HEAD = "apiVersion: fastserve.dev/v1alpha1\nkind: Model\nmetadata: {name: a}\nsp
         ("{source: a, train: {dataset: b, method: full, lora: {}}}", "spec.train.lora", "write method: lora"),
         ("{source: a, train: {dataset: b, elastic: {minWorkers: 2}}}", "spec.train.elastic.minWorkers", "1 workers"),
         ("{source: a, train: {dataset: b, workers: []}}", "spec.train.workers", "at least one"),
+        ("{source: a, train: {dataset: b, scratch: {}}}", "spec.train.scratch", "write method: scratch"),
+        (
+            "{source: a, train: {dataset: b, method: scratch, scratch: {config: {vocab_size: 512}}}}",
+            "spec.train.scratch.config.vocab_size",
+            "write scratch.vocabulary",
+        ),
+        (
+            "{source: a, train: {dataset: b, method: scratch, scratch: {config: {rope_scaling: [1]}}}}",
+            "spec.train.scratch.config.rope_scaling",
+            "a number, a flag or a text",
+        ),
+        (
+            "{source: a, train: {dataset: b, method: scratch, scratch: {vocabulary: 256}}}",
+            "spec.train.scratch.vocabulary",
+            "above 256",
+        ),
+        ("{source: a, train: {dataset: b, validation: {}}}", "spec.train.validation.data", "is missing"),
+        (
+            "{source: a, train: {dataset: b, validation: {data: c, patience: 0}}}",
+            "spec.train.validation.patience",
+            "whole number from 1",
+        ),
+        ("{source: a, train: {dataset: b, overLength: cut}}", "spec.train.overLength", "truncate, drop"),
+        (
+            "{source: a, train: {dataset: b, engine: fsdp2, workers: [{profile: a, count: 1}, {profile: b, count: 2}]}}",  # noqa: E501
+            "spec.train.engine",
+            "unequal profiles; write engine: sharded",
+        ),
+        (
+            "{source: a, train: {dataset: b, engine: fsdp2, "
+            "workers: [{profile: a, count: 1, speed: 2}, {profile: a, count: 2}]}}",
+            "spec.train.engine",
+            "unequal speeds; write engine: sharded",
+        ),
+        (
+            "{source: a, train: {dataset: b, batchTokens: 2, workers: [{profile: a, count: 3}]}}",
+            "spec.train.batchTokens",
+            "fewer than the 3 workers",
+        ),
         ("{source: a, train: {}}", "spec.train.dataset", "is missing"),
         ("{source: a, compress: [{}]}", "spec.compress[0]", "prune or quantize"),
         ("{source: a, compress: [{prune: {}}]}", "spec.compress[0].prune", "layers or width"),

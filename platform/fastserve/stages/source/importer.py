@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastserve.artifacts import sources
-from fastserve.artifacts.describe import describe, only_gguf
+from fastserve.artifacts.describe import describe, has_weights, only_gguf
 from fastserve.artifacts.gguf_header import read_gguf
 from fastserve.artifacts.tokenizer import StopSet, TokenizerFiles, load_tokenizer, stop_set, write_tokenizer
 from fastserve.data.template import turn_end
@@ -31,7 +31,8 @@ def run(work: Work) -> Outcome:
 
     The outcome's `model/` holds config.json, *.safetensors, tokenizer.json, tokenizer_config.json, chat_template.jinja
     where there is a template, and generation_config.json with every end token. A folder's own files stay as they were,
-    but for generation_config.json. Metrics: format, architecture, parameters, bytes, dtype, maxContext, stopTokens,
+    but for generation_config.json. A folder without weights, which only a model from scratch can be made of, stays as
+    it is. Metrics: format, architecture, parameters, bytes, dtype, maxContext, stopTokens,
     warnings.
     Raises SourceNotFound, SourceInvalid, DigestMismatch, StageFailed, StoreFull.
     """
@@ -48,6 +49,10 @@ def run(work: Work) -> Outcome:
 
     place = sources.fetch(source, work.request.data[ident], into=model, role="model", progress=tick)
     packed = only_gguf(place)
+    if not has_weights(place):
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        shape = {"format": "config", "architecture": (config.get("architectures") or ["-"])[0], "parameters": 0}
+        return Outcome(work.scratch / "outcome", shape)
     if packed is None:
         facts = settle_folder(model)
     else:

@@ -1,4 +1,4 @@
-"""The train stage: rows to samples, samples to a Ray Train run, its last checkpoint to a model.
+"""The train stage: rows to samples, samples to a Ray Train run, its best or last checkpoint to a model.
 
 The stage's own process is the driver. All that must survive it lies in the store: a new attempt at the same key finds
 the newest checkpoint and goes on from there, or only exports when the last step was done.
@@ -6,78 +6,98 @@ the newest checkpoint and goes on from there, or only exports when the last step
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastserve.artifacts.checkpoints import fetch_checkpoint
+from fastserve.artifacts.describe import describe
 from fastserve.artifacts.safetensors_header import check
-from fastserve.artifacts.tokenizer import load_tokenizer
-from fastserve.data.samples import SampleSet, samples
 from fastserve.errors import (
     AttemptFenced,
+    InsufficientMemory,
     ManifestInvalid,
     NotExecutable,
     Problem,
     StageFailed,
     StoreFull,
 )
+from fastserve.plan.facts import ModelFacts
+from fastserve.plan.keys import ident_of
+from fastserve.plan.training import training_facts
 from fastserve.spec.train import Train
-from fastserve.stages.train import state
+from fastserve.stages.train import news, scratch, state
 from fastserve.stages.train.export import export
-from fastserve.stages.train.news import following
+from fastserve.stages.train.machines import Machines, machines, selectors, worker_environment, worker_threads
+from fastserve.stages.train.network import read_config
 from fastserve.stages.train.order import Order
+from fastserve.stages.train.packing import require_packable
+from fastserve.stages.train.task import Task
+from fastserve.stages.train.tokens import CorpusRef, open_corpus, tokenised
 from fastserve.stages.work import Outcome, Work
 
 WORKER_RESTARTS = 3
-"""Times that a group of workers is started anew within one attempt."""
+"""Times that a group of workers of a fixed size is started anew within one attempt."""
+
+ELASTIC_RESTARTS = 50
+"""The same of an elastic run, which expects machines to come and go."""
 
 _LOOK_EVERY_SECONDS = "1"
 _START_SECONDS = "20"
+"""Ray waits so long for a lost machine's place to be given out before it goes on with fewer (its default is 60 s)."""
+
+_RESIZE_EVERY_SECONDS = 8.0
 _COLLECTIVE_SECONDS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What a run trains, on what."""
+
+    train: Train
+    model: Path
+    """Folder in Hugging Face layout; without weights for a model from scratch."""
+
+    facts: ModelFacts
+    corpus: CorpusRef
+    validation: CorpusRef | None
+    total_steps: int
 
 
 def run(work: Work) -> Outcome:
     """Train `model/` of the input artifact on `spec.train.dataset`.
 
-    Returns a folder with `model/`, for LoRA also `adapter/`, and `curve.jsonl`.
+    Returns a folder with `model/`, for LoRA also `adapter/`, `curve.jsonl` and `curve.png`.
 
     Raises DatasetInvalid for rows that cannot be read or teach nothing, ManifestInvalid for targets that the model does
-    not have, StageFailed when training ended without its last step.
+    not have, InsufficientMemory when no sharing fits the machines, StageFailed when training ended without its last
+    step.
     """
     train = Train.model_validate(work.request.section)
     work.report.update(0, 1, "steps", note="reading rows")
-    source = work.input("model") / "model"
-    if train.lora is not None:
-        require_targets(source, train.lora.targets)
-    sample_set = read_samples(source, work.data(train.dataset), train.max_length)
-    order = Order([len(sample.ids) for sample in sample_set.samples], train.batch_tokens, train.seed)
-    total_steps = order.steps_of(train.epochs, train.steps)
+    prepared = _prepare(work, train)
+    total = prepared.total_steps
     done = state.newest(work.store, work.request)
-    work.report.update(done, total_steps, "steps", note="starting workers")
+    work.report.update(done, total, "steps", note="starting workers", rows=prepared.corpus.counts)
     work.report.close()
     began_at = time.monotonic()
-    if done < total_steps:
-        _train(work, train, sample_set, total_steps)
+    if done < total and not (done and _facts(work, done).extra.get("ended")):
+        _train(work, prepared)
     trained_seconds = time.monotonic() - began_at
-    work.report.update(total_steps, total_steps, "steps", note="writing the model")
-    checkpoint = fetch_checkpoint(
-        work.store, work.request.stage, work.request.key, total_steps, work.scratch / "checkpoint"
-    )
-    last = state.read_facts(checkpoint)
+    work.report.update(total, total, "steps", note="writing the model")
+    last = _facts(work, state.newest(work.store, work.request))
+    chosen = last.best_step if train.validation is not None and last.best_step else last.step
+    checkpoint = fetch_checkpoint(work.store, work.request.stage, work.request.key, chosen, work.scratch / "checkpoint")
     folder = work.scratch / "artifact"
     folder.mkdir()
-    export(source, last, state.read_parameters(checkpoint), folder)
-    return Outcome(folder, _metrics(train, sample_set, last, trained_seconds if not done else None))
-
-
-def read_samples(model: Path, data: Path, max_length: int) -> SampleSet:
-    """Samples of the rows at `data` for the model in the folder `model`."""
-    files = load_tokenizer(model)
-    return samples([data], files.tokenizer(), files.chat_template, max_length, special=files.special)
+    # The weights of the best step, the curve of all steps.
+    title = f"{work.request.model}: training"
+    best = replace(state.read_facts(checkpoint), curve=last.curve)
+    export(prepared.model, best, state.read_parameters(checkpoint), folder, title=title)
+    return Outcome(folder, _metrics(work, prepared, last, trained_seconds if not done else None))
 
 
 def require_targets(model: Path, targets: list[str]) -> None:
@@ -92,74 +112,112 @@ def require_targets(model: Path, targets: list[str]) -> None:
         )
 
 
-def _train(work: Work, train: Train, sample_set: SampleSet, total_steps: int) -> None:
+def _prepare(work: Work, train: Train) -> _Prepared:
+    """Everything before workers are started, so that what cannot work is refused before Ray is loaded."""
+    source = work.input("model") / "model"
+    data = work.data(train.dataset)
+    if train.method == "scratch":
+        model = scratch.prepare(source, data, train, work.scratch / "new")
+        facts = scratch.facts_of(model, train)
+    else:
+        model = source
+        facts = describe(source)
+        if train.lora is not None:
+            require_targets(source, train.lora.targets)
+    if train.packing:
+        require_packable(read_config(model))
+    digest = work.request.data[ident_of(train.dataset)]
+    corpus = tokenised(work.store, data, digest, model, train, work.report, scratch=work.scratch)
+    validation = None
+    if train.validation is not None:
+        held_out = train.validation.data
+        validation = tokenised(
+            work.store,
+            work.data(held_out),
+            work.request.data[ident_of(held_out)],
+            model,
+            train,
+            work.report,
+            scratch=work.scratch,
+        )
+    order = Order(open_corpus(work.store, corpus).lengths, train.batch_tokens, train.seed)
+    return _Prepared(train, model, facts, corpus, validation, order.steps_of(train.epochs, train.steps))
+
+
+def _train(work: Work, prepared: _Prepared) -> None:
     """Run the workers until the last step's checkpoint is in the store."""
     # Imported here: rows that teach nothing are refused before Ray is loaded.
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from fastserve.stages.train.corpus import Corpus
-    from fastserve.stages.train.worker import Task, run_worker
+    from fastserve.stages.train.worker import run_worker
 
     # Read by Ray Train's controller, which takes the variables of this process over.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_SECONDS)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _LOOK_EVERY_SECONDS)
     if not ray.is_initialized():
         ray.init(address="auto")
-    threads = worker_threads(train.worker_count, _alive_nodes(ray))
-    task = Task(work.store.uri, work.request, train, total_steps, threads)
+    train = prepared.train
+    there = machines(train, ray.nodes())
+    threads = worker_threads(train.worker_count, there.count)
+    elastic = train.elastic
+    workers: Any = train.worker_count if elastic is None else (elastic.min_workers, train.worker_count)
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config={"task": task, "corpus": ray.put(Corpus.of(sample_set.samples))},
-        torch_config=TorchConfig(backend="gloo", timeout_s=_COLLECTIVE_SECONDS),
-        scaling_config=ScalingConfig(num_workers=train.worker_count, resources_per_worker={"CPU": 1}),
+        train_loop_config={
+            "task": task_of(work, prepared, there, threads),
+            "corpus": prepared.corpus,
+            "validation": prepared.validation,
+        },
+        torch_config=TorchConfig(backend="nccl" if there.accelerated else "gloo", timeout_s=_COLLECTIVE_SECONDS),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=there.accelerated,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if there.accelerated else {})},
+            label_selector=selectors(train),
+            elastic_resize_monitor_interval_s=_RESIZE_EVERY_SECONDS,
+        ),
         run_config=RunConfig(
             name=f"train-{work.request.key[:12]}-{work.request.attempt}",
             storage_path=str(work.scratch / "ray_train"),
-            failure_config=FailureConfig(max_failures=WORKER_RESTARTS),
-            worker_runtime_env={"env_vars": worker_environment(threads, one_machine=_alive_nodes(ray) == 1)},
+            failure_config=FailureConfig(max_failures=WORKER_RESTARTS if elastic is None else ELASTIC_RESTARTS),
+            worker_runtime_env={"env_vars": worker_environment(threads, one_machine=one_host(ray.nodes()))},
         ),
     )
     try:
-        with following(work):
+        with news.following(work):
             result = trainer.fit()
     except TrainingFailedError as error:
         raise StageFailed(
             f"training broke off: {_first_cause(error)}; see `fastserve logs {work.request.model} train`"
         ) from error
-    _raise_for(result.return_value, total_steps)
+    raise_for(result.return_value, prepared.total_steps)
 
 
-def _alive_nodes(ray: Any) -> int:
-    return sum(1 for node in ray.nodes() if node["Alive"])
+def task_of(work: Work, prepared: _Prepared, there: Machines, threads: int) -> Task:
+    """What the workers are told."""
+    train = prepared.train
+    longest = max(prepared.corpus.longest, prepared.validation.longest if prepared.validation else 0)
+    facts = replace(
+        training_facts(prepared.facts, train, accelerated=there.accelerated), longest_tokens=prepared.corpus.longest
+    )
+    return Task(
+        work.store.uri,
+        work.request,
+        train,
+        prepared.total_steps,
+        threads,
+        state.tokenizer_digest(prepared.model),
+        longest,
+        facts,
+        config=scratch.config_of(prepared.model) if train.method == "scratch" else None,
+    )
 
 
-def worker_threads(workers: int, nodes: int) -> int:
-    """Threads of each worker, so that the workers of one machine together have one thread a core.
-
-    Cores are this machine's real ones: the CPUs that Ray counts are logical, and more threads than cores would spin
-    against each other (measured with 32 on 2 cores: a third of the tokens/s).
-    """
-    return max(1, len(os.sched_getaffinity(0)) // math.ceil(workers / max(1, nodes)))
-
-
-def worker_environment(threads: int, one_machine: bool) -> dict[str, str]:
-    """Environment of the workers."""
-    platform = str(Path(__file__).resolve().parents[3])
-    environment = {
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        # The package as this process found it, installed or not.
-        "PYTHONPATH": os.pathsep.join(
-            dict.fromkeys([platform, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
-        ),
-    }
-    if one_machine:
-        # Otherwise gloo asks the resolver for this machine's name, which in a container often leads nowhere.
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    return environment
+def one_host(nodes: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all Ray nodes are on one machine, where loopback is enough."""
+    return len({node.get("NodeManagerAddress") for node in nodes if node.get("Alive")}) <= 1
 
 
 def _first_cause(error: BaseException) -> str:
@@ -173,30 +231,50 @@ def _first_cause(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _raise_for(ended: Mapping[str, Any] | None, total_steps: int) -> None:
+def raise_for(ended: Mapping[str, Any] | None, total_steps: int) -> None:
     """Raise what the workers returned as the end of their run, unless that was the last step."""
     if ended is None:
         raise StageFailed("the workers ended without a word; see the stage's log")
     if ended["reason"] == "NotExecutable":
         raise NotExecutable([Problem("spec.train", ended["message"])])
-    known = {kind.__name__: kind for kind in (AttemptFenced, StoreFull)}
+    known = {kind.__name__: kind for kind in (AttemptFenced, StoreFull, InsufficientMemory)}
     if ended["reason"]:
         raise known.get(ended["reason"], StageFailed)(ended["message"])
-    if ended["step"] != total_steps:
+    if ended["step"] != total_steps and not ended["early"]:
         raise StageFailed(f"training ended at step {ended['step']} of {total_steps}; run `fastserve up` again")
 
 
-def _metrics(train: Train, sample_set: SampleSet, last: state.RunState, seconds: float | None) -> dict[str, Any]:
-    facts = sample_set.facts
+def _facts(work: Work, step: int) -> state.RunState:
+    """What the checkpoint of `step` says beside its tensors."""
+    if not step:
+        raise StageFailed("training ended and left no checkpoint; run `fastserve up` again")
+    folder = fetch_checkpoint(
+        work.store,
+        work.request.stage,
+        work.request.key,
+        step,
+        work.scratch / f"facts-{step}-{time.monotonic_ns()}",
+        only=[state.FACTS],
+    )
+    return state.read_facts(folder)
+
+
+def _metrics(work: Work, prepared: _Prepared, last: state.RunState, seconds: float | None) -> dict[str, Any]:
+    """For the record. seconds: of an undisturbed run alone; what was done before a restart was not timed."""
     tokens = sum(row["tokens"] for row in last.curve)
+    measured = last.best_loss is not None
+    told = news.last(work.store, work.request)
+    kept = ("proof", "plan", "workers", "replans", "restarts", "lostSteps")
     return {
         "steps": last.step,
-        "workers": train.worker_count,
+        "workers": prepared.train.worker_count,
         "tokens": tokens,
         "trainedTokens": sum(row["trainedTokens"] for row in last.curve),
         "firstLoss": last.curve[0]["loss"],
         "finalLoss": last.curve[-1]["loss"],
-        # Of an undisturbed run alone: what was done before a restart was not timed.
+        **({"validationLoss": last.best_loss, "bestStep": last.best_step} if measured else {}),
+        **({"endedEarly": last.extra["ended"]} if "ended" in last.extra else {}),
         **({"tokensPerSecond": tokens / seconds} if seconds else {}),
-        "rows": {"read": facts.rows, "used": facts.used, "truncated": facts.truncated, "leftOut": dict(facts.left_out)},
+        "rows": prepared.corpus.counts,
+        **({"sharing": {name: told.metrics[name] for name in kept if name in told.metrics}} if told else {}),
     }

@@ -1,9 +1,14 @@
-"""The model that is trained: loaded, its trained part chosen, traced back to the names of the stored weights."""
+"""The model that is trained: loaded or made, its trained part chosen, traced back to the names of the stored weights.
+
+No architecture is known here by name. Repeated blocks and linear layers are found by their structure, and what a model
+calls its weights is compared with what its files call them, so whatever decoder transformers loads can be trained.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +20,16 @@ from torch import nn
 from fastserve.errors import NotExecutable, Problem, StageFailed
 from fastserve.spec.train import Lora, Train
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORED_AS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""In the words of config.json; what a model from scratch is stored as."""
+
 PEFT_PREFIX = "base_model.model."
 EAGER_BELOW_TOKENS = 256
 """Longest sample for which attention is computed plainly: the CPU's fused kernel works in blocks of that order, and on
 samples of 50 tokens costs a fifth of the step more."""
+
+_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,39 +37,71 @@ class Network:
     """A model ready to be trained."""
 
     model: nn.Module
+    """On the CPU. What is frozen is in the computing precision; what is trained is exact: see `trained`."""
+
     trained: Mapping[str, nn.Parameter]
-    """What is trained, by name in the model."""
+    """What is trained, by name in the model: fp32, or the stored type where all weights are stored in the computing
+    precision, so that `.float()` gives the exact master."""
 
     export: Mapping[str, Any] = field(default_factory=dict)
     """What the export must know beside the trained values; plain JSON values, kept in every checkpoint."""
 
+    blocks: Sequence[str] = ()
+    """Names of the repeated blocks as in `model.named_modules()`, in their order; empty when there are none."""
 
-def load_network(folder: Path, train: Train, longest: int) -> Network:
+
+def load_network(folder: Path, train: Train, longest: int, config: Mapping[str, Any] | None = None) -> Network:
     """The model in `folder` (Hugging Face layout), for `train.method` and `train.precision`.
 
-    longest: tokens of the longest sample. Adapters begin from `train.seed`, so that every worker begins alike.
+    longest: tokens of the longest sample. config: for method scratch, the whole config.json of the model to make;
+    without it that of `folder` is taken. Adapters and new weights follow from `train.seed` alone, so that every worker
+    begins alike.
 
-    Raises NotExecutable for a method or precision that this version does not train with, StageFailed when the model's
+    Raises NotExecutable for a precision, a method or a target that cannot be trained here, StageFailed when the model's
     trained part cannot be found again among the stored weights.
     """
-    if train.method not in ("lora", "full") or train.precision not in DTYPES:
-        problem = (
-            f"trains with method lora or full and precision fp32 or bf16, not {train.method} and {train.precision}"
-        )
-        raise NotExecutable([Problem(path="spec.train", message=f"this version {problem}; change them")])
-    from transformers import AutoModelForCausalLM
-
+    if train.precision not in DTYPES:
+        raise _refused("precision", f"{train.precision} does not run in this version; write bf16, fp16 or fp32")
     torch.manual_seed(train.seed)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=DTYPES[train.precision],
-        attn_implementation="eager" if longest < EAGER_BELOW_TOKENS else "sdpa",
-        local_files_only=True,
-        trust_remote_code=False,
-    )
-    model.train()
+    attention = "eager" if longest < EAGER_BELOW_TOKENS else "sdpa"
+    if train.method == "scratch":
+        return _scratch(read_config(folder) if config is None else config, train, attention)
     stored = stored_names(folder)
-    return _lora(model, train.lora or Lora(), stored) if train.method == "lora" else _full(model, stored)
+    if not stored:
+        raise StageFailed(
+            f"the source has no weights, and method: {train.method} goes on from weights; "
+            "write method: scratch, or name a source that has them"
+        )
+    from fastserve.stages.train import adapters
+
+    if train.method == "full":
+        return _full(_load(folder, _exact(folder, DTYPES[train.precision]), attention), stored)
+    quantised = adapters.four_bit(DTYPES[train.precision]) if train.method == "qlora" else None
+    model = _load(folder, DTYPES[train.precision], attention, quantised)
+    return adapters.adapted(model, train.lora or Lora(), stored, blocks_of(model), train.method)
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """Names of the repeated blocks, in order: the items of the ModuleList that holds most of the parameters.
+
+    Lists inside such a list (a block's experts) are parts of a block and not looked at.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+
+    def walk(name: str, module: nn.Module) -> None:
+        for child_name, child in module.named_children():
+            full = f"{name}.{child_name}" if name else child_name
+            if isinstance(child, nn.ModuleList):
+                lists[full] = child
+            else:
+                walk(full, child)
+
+    walk("", model)
+    if not lists:
+        return []
+    numbers = {name: sum(p.numel() for p in found.parameters()) for name, found in lists.items()}
+    largest = max(lists, key=numbers.__getitem__)
+    return [f"{largest}.{index}" for index in range(len(lists[largest]))] if numbers[largest] else []
 
 
 def stored_names(folder: Path) -> set[str]:
@@ -71,60 +113,128 @@ def stored_names(folder: Path) -> set[str]:
     return names
 
 
-def _full(model: nn.Module, stored: set[str]) -> Network:
-    trained = dict(model.named_parameters())
-    # Weights that are one tensor under two names (tied embeddings) are trained once and stored under every name.
-    first = {parameter.data_ptr(): name for name, parameter in trained.items()}
-    same = {
-        name: first[tensor.data_ptr()]
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if name not in trained and tensor.data_ptr() in first
-    }
-    _require_stored(trained, stored | set(same.values()))
-    return Network(model, trained, {"method": "full", "aliases": {a: n for a, n in same.items() if a in stored}})
+def as_stored(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """`tensors` by the names, and in the pieces, that their architecture is stored under: transformers fuses some
+    weights when it loads them (the experts of a mixture), and this takes them apart again."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))
 
 
-def _lora(model: nn.Module, lora: Lora, stored: set[str]) -> Network:
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import LoraLayer
+def empty_model(config: Mapping[str, Any]) -> nn.Module:
+    """The model that config.json describes, without memory for its weights."""
+    from transformers import AutoModelForCausalLM
 
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets) or "all-linear",
-    )
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    layers = {
-        name.removeprefix(PEFT_PREFIX): module
-        for name, module in adapted.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-    _require_stored([f"{name}.weight" for name in layers], stored)
-    described = adapted.peft_config["default"].to_dict()
-    described.update(inference_mode=True, base_model_name_or_path=None)
-    return Network(
-        adapted,
-        trained,
-        {
-            "method": "lora",
-            "scale": lora.alpha / lora.rank,
-            "transposed": sorted(name for name, layer in layers.items() if getattr(layer, "fan_in_fan_out", False)),
-            "adapterConfig": json.loads(json.dumps(described, default=_plain)),
-        },
+    with torch.device("meta"):
+        return _module(AutoModelForCausalLM.from_config(_config_of(config), trust_remote_code=False))
+
+
+def new_model(config: Mapping[str, Any], seed: int, attention: str = "sdpa") -> nn.Module:
+    """The model that config.json describes, with random weights that follow from `seed`; fp32, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    return _module(
+        AutoModelForCausalLM.from_config(
+            _config_of(config), dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+        )
     )
 
 
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set | frozenset) else str(getattr(value, "value", value))
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of `folder`. Raises StageFailed when there is none."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StageFailed("the source has no config.json; name a model in Hugging Face layout") from error
+    return config
 
 
-def _require_stored(names: Any, stored: set[str]) -> None:
+def require_stored(names: Iterable[str], stored: set[str]) -> None:
+    """Raise StageFailed when a weight that is trained has no stored one to go to."""
     missing = sorted(name for name in names if name not in stored)
     if missing:
         raise StageFailed(
             f"{missing[0]} and {len(missing) - 1} more weights of the model are stored under other names than they are "
             "computed under, so the trained model could not be written; use a source whose names agree"
         )
+
+
+def _load(folder: Path, dtype: torch.dtype, attention: str, quantised: Any = None) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=attention,
+        local_files_only=True,
+        trust_remote_code=False,
+        **({"quantization_config": quantised} if quantised is not None else {}),
+    )
+    return _module(model.train())
+
+
+def _exact(folder: Path, computing: torch.dtype) -> torch.dtype:
+    """The type to load a model in that is trained whole: half of the memory where nothing is lost by it, else fp32."""
+    if computing is torch.float32:
+        return computing
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                dtype = tensors.get_slice(name).get_dtype()
+                if dtype[:1] in ("F", "B") and dtype not in ("BOOL", _SAFETENSORS_DTYPES[computing]):
+                    return torch.float32
+    return computing
+
+
+def _full(model: nn.Module, stored: set[str]) -> Network:
+    trained = dict(model.named_parameters())
+    # Weights that are one tensor under two names (tied embeddings) are trained once and stored under every name.
+    first = {parameter.data_ptr(): name for name, parameter in trained.items() if parameter.numel()}
+    same = {
+        name: first[tensor.data_ptr()]
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in trained and tensor.data_ptr() in first
+    }
+    converted = any(name not in stored for name in trained.keys() - set(same.values()))
+    names: Iterable[str] = trained
+    if converted:
+        names = as_stored(model, {name: tensor.detach().to("meta") for name, tensor in trained.items()})
+    require_stored(names, stored | set(same.values()))
+    facts = {
+        "method": "full",
+        "aliases": {alias: name for alias, name in same.items() if alias in stored},
+        "converted": converted,
+    }
+    return Network(model, trained, facts, blocks_of(model))
+
+
+def _scratch(config: Mapping[str, Any], train: Train, attention: str) -> Network:
+    model = new_model(config, train.seed, attention).train()
+    facts = {"method": "scratch", "dtype": STORED_AS[train.precision], "seed": train.seed}
+    return Network(model, dict(model.named_parameters()), facts, blocks_of(model))
+
+
+def _config_of(config: Mapping[str, Any]) -> Any:
+    """transformers' own reading of a config.json, which knows every architecture's older spellings."""
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory(prefix="fastserve-config-") as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        try:
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _refused("scratch.config", f"does not describe a model ({_first_line(error)}); correct it") from error
+
+
+def _module(model: Any) -> nn.Module:
+    loaded: nn.Module = model
+    return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _refused(key: str, message: str) -> NotExecutable:
+    return NotExecutable([Problem(path=f"spec.train.{key}", message=message)])

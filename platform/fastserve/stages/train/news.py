@@ -34,6 +34,11 @@ def tell(store: Store, request: StageRequest, progress: Mapping[str, Any]) -> No
         _LOG.warning("progress was not written: %s", error)
 
 
+def last(store: Store, request: StageRequest) -> Progress | None:
+    """The news that were left last at this attempt, by this group of workers or by one before it."""
+    return _read(store, request)
+
+
 @contextmanager
 def following(work: Work) -> Iterator[None]:
     """Hand the workers' news on to `work.report` while the body runs."""

@@ -11,14 +11,17 @@ import torch
 from tiny_llama import write_rows, write_tiny_llama
 
 from fastserve.artifacts import attempts
+from fastserve.artifacts.describe import describe
 from fastserve.artifacts.store import Store, open_store
-from fastserve.data.samples import SampleSet
+from fastserve.artifacts.tokenizer import load_tokenizer
+from fastserve.data.samples import SampleSet, samples
 from fastserve.plan.stages import Stage, StageRequest
+from fastserve.plan.training import training_facts
 from fastserve.spec.train import Train
 from fastserve.stages.train.corpus import Corpus
-from fastserve.stages.train.driver import read_samples
 from fastserve.stages.train.order import Order
-from fastserve.stages.train.worker import Task
+from fastserve.stages.train.state import tokenizer_digest
+from fastserve.stages.train.task import Task
 
 KEY = "a" * 64
 
@@ -38,7 +41,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sample_set(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> SampleSet:
-    return read_samples(tiny_model, write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 24), 256)
+    files = load_tokenizer(tiny_model)
+    rows = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 24)
+    return samples([rows], files.tokenizer(), files.chat_template, 256, special=files.special)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +58,7 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def new_task(store: Store, corpus: Corpus) -> Callable[..., Task]:
+def new_task(store: Store, corpus: Corpus, tiny_model: Path) -> Callable[..., Task]:
     """`new_task(attempt=1, steps=6)`: what the workers of a claimed attempt are told."""
 
     def make(attempt: int = 1, **section: Any) -> Task:
@@ -63,6 +68,15 @@ def new_task(store: Store, corpus: Corpus) -> Callable[..., Task]:
         request = StageRequest("m", Stage.TRAIN, KEY, attempt, train.model_dump(by_alias=True, mode="json"))
         attempts.claim(store, request)
         total = Order(corpus.lengths, train.batch_tokens, train.seed).steps_of(train.epochs, train.steps)
-        return Task(store.uri, request, train, total, threads=1)
+        return Task(
+            store.uri,
+            request,
+            train,
+            total,
+            threads=1,
+            tokenizer=tokenizer_digest(tiny_model),
+            longest=int(max(corpus.lengths)),
+            facts=training_facts(describe(tiny_model), train),
+        )
 
     return make

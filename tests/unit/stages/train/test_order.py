@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import islice, pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.stages.train.order import MOST_FILLING, Order, epoch_batches, micro_batches, share
+from fastserve.stages.train.order import Order, epoch_batches
 from fastserve.stages.train.schedule import learning_rate
 
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=60)
@@ -21,6 +24,7 @@ def test_every_sample_is_in_exactly_one_batch_of_an_epoch(
     batches = epoch_batches(lengths, batch_tokens, seed, epoch)
     assert sorted(sample for batch in batches for sample in batch.samples) == list(range(len(lengths)))
     assert all(batch.samples for batch in batches)
+    assert {batch.epoch for batch in batches} == {epoch}
     assert batches == epoch_batches(lengths, batch_tokens, seed, epoch)
 
 
@@ -30,24 +34,17 @@ def test_batches_are_of_nearly_equal_size(lengths: list[int], batch_tokens: int)
     assert max(sizes) < batch_tokens + 2 * max(lengths)
 
 
-@given(LENGTHS, st.integers(1, 4))
-def test_the_shares_of_all_workers_are_the_batch_however_many_they_are(lengths: list[int], workers: int) -> None:
-    batch = epoch_batches(lengths, 200, 0, 0)[0]
-    shares = [share(batch, lengths, workers, rank) for rank in range(workers)]
-    assert sorted(sample for part in shares for sample in part) == sorted(batch.samples)
-    loads = [sum(lengths[sample] for sample in part) for part in shares]
-    assert max(loads) - min(loads) <= max(lengths)
-
-
-@given(LENGTHS, st.integers(1, 300))
-def test_micro_batches_hold_every_sample_once_within_the_limit(lengths: list[int], limit: int) -> None:
-    samples = share(epoch_batches(lengths, 10**6, 0, 0)[0], lengths, 1, 0)
-    groups = micro_batches(samples, lengths, limit)
-    assert [sample for group in groups for sample in group] == samples
-    for group in groups:
-        sizes = [lengths[sample] for sample in group]
-        assert len(group) == 1 or max(sizes) * len(group) <= limit
-        assert min(sizes) >= max(sizes) * (1 - MOST_FILLING)
+@given(LENGTHS, st.integers(1, 500))
+def test_a_batch_ends_with_the_sample_that_reaches_its_share(lengths: list[int], batch_tokens: int) -> None:
+    batches = epoch_batches(lengths, batch_tokens, 0, 0)
+    total, count = sum(lengths), len(batches)
+    if max(lengths) * count > total:
+        return  # a sample longer than a batch takes the place of several
+    seen = 0
+    for number, batch in enumerate(batches, start=1):
+        sizes = [lengths[sample] for sample in batch.samples]
+        seen += sum(sizes)
+        assert (seen - sizes[-1]) * count < total * number <= seen * count
 
 
 def test_a_run_that_goes_on_sees_the_very_next_batches() -> None:
@@ -56,6 +53,7 @@ def test_a_run_that_goes_on_sees_the_very_next_batches() -> None:
     assert {batch.epoch for batch in whole} == {0, 1, 2, 3}
     for step in range(12):
         assert list(islice(order.since(step), 12 - step)) == whole[step:]
+        assert order.at(step) == whole[step]
 
 
 def test_epochs_differ_and_seeds_differ() -> None:
@@ -64,12 +62,42 @@ def test_epochs_differ_and_seeds_differ() -> None:
     assert epoch_batches(lengths, 50, 0, 0)[0].samples != epoch_batches(lengths, 50, 1, 0)[0].samples
 
 
+def test_the_order_is_the_same_in_every_version() -> None:
+    """A checkpoint of an older version goes on with the right samples; what this says must never change."""
+    assert epoch_batches([1] * 12, 12, 7, 3)[0].samples == (10, 3, 4, 9, 11, 1, 8, 0, 6, 7, 2, 5)
+
+
+def test_the_order_has_no_pattern() -> None:
+    places = np.array(epoch_batches([1] * 20_000, 20_000, 0, 0)[0].samples)
+    assert abs(np.corrcoef(places, np.arange(20_000))[0, 1]) < 0.03
+    assert abs(np.corrcoef(places[1:], places[:-1])[0, 1]) < 0.03
+
+
 def test_steps_of_epochs_steps_and_neither() -> None:
     order = Order([10] * 20, batch_tokens=50, seed=0)
     assert order.steps_of(None, None) == order.steps_of(1, None) == 4
     assert order.steps_of(2.5, None) == 10
     assert order.steps_of(0.01, None) == 1
     assert order.steps_of(None, 7) == 7
+
+
+def test_ten_million_samples_take_a_few_bytes_each() -> None:
+    code = """
+import resource
+import numpy as np
+from fastserve.stages.train.order import Order
+lengths = np.full(10_000_000, 300, np.int32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+order = Order(lengths, 65536, 0)
+assert order.at(5).samples != order.at(order.batches_an_epoch + 5).samples
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment())
+    assert int(ran.stdout) < 200_000, "kB"
+
+
+def _environment() -> dict[str, str]:
+    return {"PYTHONPATH": ":".join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from fastserve.errors import ManifestInvalid
 from fastserve.plan.stages import Stage
 from fastserve.stages.train import state
 from fastserve.stages.train.corpus import Corpus
-from fastserve.stages.train.driver import require_targets, worker_environment
+from fastserve.stages.train.driver import require_targets
 from fastserve.stages.train.export import export
 from fastserve.stages.train.group import Group
+from fastserve.stages.train.machines import worker_environment
 from fastserve.stages.train.order import Order
-from fastserve.stages.train.worker import Ended, Task, train
+from fastserve.stages.train.task import Ended, Task
+from fastserve.stages.train.worker import train
 
 NewTask = Callable[..., Task]
 
@@ -45,7 +48,8 @@ def curve_of(store: Store, task: Task, into: Path) -> list[dict[str, Any]]:
     return state.read_facts(folder).curve
 
 
-@pytest.mark.parametrize("section", [{"method": "full"}, {"method": "lora", "lora": {"rank": 4, "dropout": 0.1}}])
+# Without dropout: its masks follow from how the batch is cut, and the cut from measured speeds.
+@pytest.mark.parametrize("section", [{"method": "full"}, {"method": "lora", "lora": {"rank": 4}}])
 def test_a_killed_run_goes_on_at_the_next_step_as_if_nothing_had_happened(
     store: Store, tiny_model: Path, corpus: Corpus, new_task: NewTask, tmp_path: Path, section: dict[str, Any]
 ) -> None:
@@ -55,7 +59,10 @@ def test_a_killed_run_goes_on_at_the_next_step_as_if_nothing_had_happened(
     first = new_task(attempt=1, **wanted)
     with pytest.raises(Killed):
         train(store, first, corpus, tiny_model, Group(), on_step=killer(5))
-    assert newest_checkpoint(store, Stage.TRAIN, first.request.key) == 3
+    until = time.monotonic() + 60  # it is written beside the steps, and the disk may be busy
+    while newest_checkpoint(store, Stage.TRAIN, first.request.key) != 3:
+        assert time.monotonic() < until, "the checkpoint of step 3 was not committed"
+        time.sleep(0.05)
     seen: list[int] = []
     second = new_task(attempt=2, **wanted)
     ended = train(store, second, corpus, tiny_model, Group(), on_step=lambda row: seen.append(row["step"]))
@@ -118,7 +125,7 @@ def test_a_run_whose_key_has_a_newer_attempt_gives_way_at_its_next_checkpoint(
     assert train(store, late, corpus, tiny_model, Group()).reason == "AttemptFenced"
 
 
-@pytest.mark.parametrize("section", [{"method": "scratch"}, {"method": "qlora"}, {"precision": "fp16"}])
+@pytest.mark.parametrize("section", [{"method": "qlora"}, {"precision": "fp8"}])
 def test_what_this_version_cannot_train_is_refused_by_name(
     store: Store, tiny_model: Path, corpus: Corpus, new_task: NewTask, section: dict[str, Any]
 ) -> None:
