@@ -69,7 +69,7 @@ test-s3: $(VENV)/.dev ## The artifact store on a real S3-compatible server
 	@$(BIN)/python -m pytest -q -m s3 tests/unit/artifacts
 
 .PHONY: bench
-bench: $(VENV)/.dev ## Figures, one tab-separated line each: make bench ONLY=main|gateway
+bench: $(VENV)/.dev ## Figures, one tab-separated line each: make bench ONLY=main|gateway|serving|training
 	@$(BIN)/python -m tests.bench $(ONLY)
 
 .PHONY: generate

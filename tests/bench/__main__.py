@@ -1,12 +1,13 @@
-"""`python -m tests.bench main|gateway`: one tab-separated line a figure: name, value, unit, aim, `met` or `short`.
+"""`python -m tests.bench KIND`, KIND as below: one tab-separated line a figure: name, value, unit, aim, verdict.
 
-Every figure is measured in this run; ratios are measured side by side. Nothing here fails because a figure is short.
+The verdict is `met` or `short`. Every figure is measured in this run; ratios are measured side by side. Nothing here
+fails because a figure is short.
 """
 
 import importlib
 import sys
 
-KINDS = ("main", "gateway")
+KINDS = ("main", "gateway", "serving", "training")
 
 
 def run(kind: str) -> int:
