@@ -52,6 +52,13 @@ GGUF_ARCHITECTURES = {
 """By `general.architecture`; what is not listed cannot be imported."""
 
 
+USUAL_LAYERS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+"""What most decoders call the matrices of a block."""
+
+_USUALLY_NAMED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"})
+"""GGUF architectures whose matrices get those names on import."""
+
+
 def describe(path: Path, tokenizer: TokenizerFiles | None = None, turn_end: int | None = None) -> ModelFacts:
     """Facts of a folder in Hugging Face layout or of a .gguf file.
 
@@ -158,6 +165,7 @@ def _of_folder(
         ),
         tied_embeddings=_tied(shape, headers),
         dtype=_main_dtype(headers),
+        layer_names=_layer_names(headers),
         stop_tokens=stops.ids,
         warnings=stops.warnings if architectures[0].endswith(_GENERATING) else (),
     )
@@ -193,6 +201,7 @@ def _of_gguf(header: GgufHeader, tokenizer: TokenizerFiles, turn_end: int | None
         max_context=header.whole(f"{kind}.context_length"),
         tied_embeddings="output.weight" not in header.tensors,
         dtype="bfloat16",
+        layer_names=USUAL_LAYERS if kind in _USUALLY_NAMED else (),
         stop_tokens=stops.ids,
         warnings=stops.warnings,
     )
@@ -238,6 +247,17 @@ def _whole(config: Mapping[str, Any], names: tuple[str, ...], source: str, defau
     if default is None:
         raise SourceInvalid(f"{source}: config.json has no {names[0]}; use a model saved by transformers")
     return default
+
+
+def _layer_names(headers: Mapping[str, Header]) -> tuple[str, ...]:
+    """Last parts of the names of the matrices in numbered blocks: `model.layers.0.mlp.up_proj.weight` is `up_proj`."""
+    found = set()
+    for header in headers.values():
+        for name, info in header.tensors.items():
+            *place, layer, kind = ("", *name.split("."))
+            if kind == "weight" and len(info.shape) == 2 and any(part.isdigit() for part in place):
+                found.add(layer)
+    return tuple(sorted(found))
 
 
 def _tied(config: Mapping[str, Any], headers: Mapping[str, Header]) -> bool:

@@ -38,7 +38,7 @@ from fastserve.spec.model import AccessKey, HardwareProfile, Model
 from fastserve.spec.source import Source
 from fastserve.spec.train import Scratch, Train
 
-FACTS_VERSION = 2
+FACTS_VERSION = 3
 """Raised when what is counted changes, so that older counts in a home are not believed."""
 
 
@@ -252,7 +252,8 @@ class _Look:
 
 
 def _facts(found: Mapping[str, Any]) -> ModelFacts:
-    return ModelFacts(**{**found, "stop_tokens": tuple(found["stop_tokens"]), "warnings": tuple(found["warnings"])})
+    lists = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+    return ModelFacts(**{**found, **lists})
 
 
 def _end_of_turn(files: TokenizerFiles) -> int | None:

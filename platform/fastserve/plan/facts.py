@@ -50,6 +50,9 @@ class ModelFacts:
     dtype: str
     """Type of most weights, in the words of serve.engine.dtype: bfloat16, float16 or float32."""
 
+    layer_names: tuple[str, ...] = ()
+    """Last parts of the names of the matrices in the blocks, such as `q_proj`, sorted; empty: they are not known."""
+
     stop_tokens: tuple[int, ...] = ()
     """Ids that end an answer."""
 

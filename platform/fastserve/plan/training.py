@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -109,8 +110,10 @@ def plan_training(
     model: what is trained: the source, or what scratch makes. local: this machine. profiles: specs of the
     HardwareProfiles by name. dataset: of train.dataset, where its rows have been counted.
 
-    Raises ManifestInvalid for a batch with fewer samples than workers, InsufficientHardware and InsufficientMemory.
+    Raises ManifestInvalid for a batch with fewer samples than workers and for adapters on layers that the model does
+    not have, InsufficientHardware and InsufficientMemory.
     """
+    require_targets(train, model.layer_names)
     if dataset is not None:
         _require_samples(train, dataset)
     workers = worker_facts(model, train, local, profiles or {})
@@ -122,6 +125,21 @@ def plan_training(
     if train.precision == "fp16" and in_main_memory:
         warnings.append("train.precision: fp16 is more than ten times as slow as bf16 on CPUs; bf16 computes there")
     return TrainingPlan(plan, given, tuple(training_memory(plan)), tuple(warnings))
+
+
+def require_targets(train: Train, layer_names: Sequence[str]) -> None:
+    """Raise ManifestInvalid when train.lora.targets names a layer that is not among those of the model.
+
+    layer_names: `ModelFacts.layer_names`; with none, nothing is known and nothing refused.
+    """
+    targets = train.lora.targets if train.lora is not None and layer_names else []
+    for target in targets:
+        last = target.rpartition(".")[2]
+        if last not in layer_names:
+            near = difflib.get_close_matches(last, layer_names, 1)
+            hint = f"write {near[0]}, or another" if near else "write one"
+            message = f"the model has no layer '{target}'; {hint} of {', '.join(layer_names)}"
+            raise ManifestInvalid([Problem("spec.train.lora.targets", message, suggestion=near[0] if near else None)])
 
 
 def training_facts(model: ModelFacts, train: Train, accelerated: bool = False) -> TrainingFacts:

