@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from fastserve.cli import render, training
+from fastserve.plan.time import ENGINE_SECONDS
 from fastserve.units import show_duration
 
 LINE_EVERY_SECONDS = 10.0
@@ -63,6 +64,24 @@ class Screen:
                 self._running(status["name"], stage, state.get("progress") or {})
             elif (status["name"], stage) in self._began and state["state"] == "committed":
                 self._finished(status["name"], stage)
+        self._engine(status["name"], status["revisions"])
+
+    def _engine(self, model: str, revisions: Sequence[Mapping[str, Any]]) -> None:
+        """The start of an engine, which tells no numbers: its bar goes by the time that a start usually takes."""
+        began = self._began.get((model, "serve"))
+        if any(revision["state"] == "starting" for revision in revisions):
+            seconds = round(time.monotonic() - began) if began is not None else 0
+            left = max(0, ENGINE_SECONDS - seconds)
+            progress = {
+                "done": min(seconds, ENGINE_SECONDS - 1),
+                "total": ENGINE_SECONDS,
+                "unit": "s",
+                "etaSeconds": left,
+            }
+            note = f"{seconds} s so far, longer than usual" if left == 0 else "the engine starts, by the usual time"
+            self._running(model, "serve", {**progress, "note": note})
+        elif began is not None and any(revision["state"] == "ready" for revision in revisions):
+            self._finished(model, "serve")
 
     def _running(self, model: str, stage: str, progress: Mapping[str, Any]) -> None:
         self._began.setdefault((model, stage), time.monotonic())

@@ -27,7 +27,7 @@ _INFERENCE_OPERATIONS_S = 8.0e10
 _JOB_SECONDS = 15.0
 """Start of a stage's process: Ray job, torch, transformers (measured: 10 to 20 s)."""
 
-_ENGINE_SECONDS = 25.0
+ENGINE_SECONDS = 25.0
 """Start of an engine (measured: 20 s alone on two cores with compiled bytecode)."""
 
 _CONVERT_BYTES_S = 1.5e7
@@ -76,7 +76,7 @@ def estimate(
             seconds, why = _stage(model, stage, facts, dataset, hardware)
         found.append(StageEstimate(stage, seconds, why))
     if model.spec.serve is not None:
-        found.append(StageEstimate("serve", _ENGINE_SECONDS, "one engine start"))
+        found.append(StageEstimate("serve", ENGINE_SECONDS, "one engine start"))
     return found
 
 
@@ -105,7 +105,7 @@ def _stage(
         engines = len(set(inputs_of(model, stage).values()))
         tokens = spec.evaluate.max_rows * min(_ROW_TOKENS, spec.evaluate.context)
         speed = _operations_s(hardware, _INFERENCE_OPERATIONS_S)
-        seconds = engines * (_ENGINE_SECONDS + 2 * tokens * facts.parameters / speed)
+        seconds = engines * (ENGINE_SECONDS + 2 * tokens * facts.parameters / speed)
         return seconds, f"{engines} engines over up to {spec.evaluate.max_rows} rows"
     seconds = _JOB_SECONDS + facts.weight_bytes / _CONVERT_BYTES_S
     return seconds, "fetched, checked and written in Hugging Face layout"
