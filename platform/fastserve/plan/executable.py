@@ -136,6 +136,9 @@ def _train_problems(
     if train.method == "qlora" and without is not None:
         message = f"qlora computes on an accelerator, and profile {without} has none; write lora"
         found.append(Problem("spec.train.method", message, suggestion="lora"))
+    if train.engine == "fsdp2" and train.precision == "fp8":
+        message = "fsdp2 does not go with precision: fp8; write sharded"
+        found.append(Problem("spec.train.engine", message, suggestion="sharded"))
     precision = _precision_problem(train.precision, kinds)
     if precision is not None:
         found.append(precision)
@@ -157,11 +160,9 @@ def _accelerator(profile: str, profiles: Mapping[str, HardwareProfileSpec], loca
 def _precision_problem(precision: str, kinds: Mapping[str, str | None]) -> Problem | None:
     """A precision that some worker's hardware does not compute. kinds: type of accelerator by profile, None: none."""
     without = next((profile for profile, kind in kinds.items() if not computes(kind, precision)), None)
-    if precision == "fp8":
-        message = "fp8 does not run yet; write bf16"
-        if without is not None:
-            has = ", ".join(name for name, item in KNOWN.items() if item.fp8)
-            message = f"profile {without} does not compute fp8 (of those known, {has} do); write bf16"
+    if without is not None and precision == "fp8":
+        has = ", ".join(name for name, item in KNOWN.items() if item.fp8)
+        message = f"profile {without} does not compute fp8 (of those known, {has} do); write bf16"
         return Problem("spec.train.precision", message, suggestion="bf16")
     if without is not None:
         message = f"the {kinds[without]} of profile {without} does not compute {precision}; write fp16"

@@ -19,9 +19,12 @@ from torch import nn
 
 from fastserve.errors import NotExecutable, Problem, StageFailed
 from fastserve.spec.train import Lora, Train
+from fastserve.stages.train import fp8
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STORED_AS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"""What weights are computed with; fp8 rounds them to eight bits only inside its products."""
+
+STORED_AS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 """In the words of config.json; what a model from scratch is stored as."""
 
 PEFT_PREFIX = "base_model.model."
@@ -60,8 +63,13 @@ def load_network(folder: Path, train: Train, longest: int, config: Mapping[str, 
     Raises NotExecutable for a precision, a method or a target that cannot be trained here, StageFailed when the model's
     trained part cannot be found again among the stored weights.
     """
-    if train.precision not in DTYPES:
-        raise _refused("precision", f"{train.precision} does not run in this version; write bf16, fp16 or fp32")
+    network = _network(folder, train, longest, config)
+    if train.precision == "fp8":
+        fp8.convert(network.model, network.blocks)
+    return network
+
+
+def _network(folder: Path, train: Train, longest: int, config: Mapping[str, Any] | None) -> Network:
     torch.manual_seed(train.seed)
     attention = "eager" if longest < EAGER_BELOW_TOKENS else "sdpa"
     if train.method == "scratch":

@@ -27,15 +27,15 @@ from torch.utils.checkpoint import checkpoint
 from fastserve.stages.train.chunk import Chunk
 from fastserve.stages.train.group import Group
 from fastserve.stages.train.neighbours import Neighbours, meet, numbers_bytes, padded
-from fastserve.stages.train.network import Network
+from fastserve.stages.train.network import DTYPES, Network
 from fastserve.stages.train.parts import Layout, lay_out
 from fastserve.stages.train.slices import BYTES_PER_NUMBER, Slices
 from fastserve.stages.train.stream import BLOCK_SLOTS, Stream, slot_sizes
 from fastserve.stages.train.together import Together
 from fastserve.stages.train.wire import Wire
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-"""What is gathered, computed with and sent; fp8 layers are bf16 outside their products."""
+PRECISIONS = DTYPES
+"""What is gathered, computed with and sent."""
 
 TOGETHER_BYTES = 256 * 2**20
 """Most bytes, in fp32, of trained parameters beside frozen ones that are gathered and summed together."""

@@ -18,7 +18,7 @@ from torch import nn
 from fastserve.artifacts.store import Store
 from fastserve.plan.shares import SharePlan, TrainingFacts, WorkerFacts, plan_shares
 from fastserve.spec.train import Train
-from fastserve.stages.train import state
+from fastserve.stages.train import fp8, state
 from fastserve.stages.train.corpus import Corpus, Rectangle
 from fastserve.stages.train.division import divide
 from fastserve.stages.train.engine import Engine, make_engine
@@ -65,6 +65,8 @@ def start(store: Store, task: Task, corpus: Corpus, folder: Path, group: Group, 
     """
     train = task.train
     began_at = time.monotonic()
+    if train.precision == "fp8":
+        fp8.require_hardware(place.device)
     # A packed row is wider than its samples.
     longest = max(task.longest, EAGER_BELOW_TOKENS) if train.packing else task.longest
     network = load_network(folder, train, longest, task.config)
