@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from tiny_llama import write_rows, write_tiny_llama
+from stage_runs import Cluster, Run, Starter, curve, ray_cluster, store_with_a_model
+from tiny_llama import write_rows
 
-from fastserve.artifacts import attempts, sources
 from fastserve.artifacts.checkpoints import newest_checkpoint
-from fastserve.artifacts.record import Record
-from fastserve.artifacts.store import Store, open_store
-from fastserve.plan.stages import Stage, StageRequest
-from fastserve.spec.source import Source
+from fastserve.artifacts.store import Store
+from fastserve.plan.stages import Stage
 
 pytestmark = pytest.mark.ray
 
-PLATFORM = Path(__file__).resolve().parents[3] / "platform"
-SOURCE_KEY = "b" * 64
 ROWS = 40
 EVERY_STEPS = 10
 STEPS = 200
 
-RAY_HEAD = """
+HEAD = """
 import sys, ray
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20, _temp_dir=sys.argv[1])
 print(ray.get_runtime_context().gcs_address, flush=True)
@@ -41,70 +32,18 @@ sys.stdin.read()
 ray.shutdown()
 """
 
-
-@dataclass(frozen=True)
-class Cluster:
-    """A Ray of our own, in a process of its own."""
-
-    address: str
-    process: subprocess.Popen[str]
-    environment: dict[str, str]
-
-    def workers(self) -> list[psutil.Process]:
-        """The training workers that live now."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if "RayTrainWorker" in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return found
+Start = Callable[..., Run]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(PLATFORM),
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_memory_monitor_refresh_ms": "0",
-        "RAY_raylet_start_wait_time_s": "120",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    environment.pop("RAY_ADDRESS", None)
-    # Ray's sockets lie below its temporary folder, and their paths may be 107 bytes long.
-    folder = Path("/tmp") / f"fs-ray-{os.getpid()}"
-    process = subprocess.Popen(
-        [sys.executable, "-c", RAY_HEAD, str(folder)],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdin is not None
-    address = process.stdout.readline().strip()
-    try:
-        assert address, "Ray did not start"
-        yield Cluster(address, process, {**environment, "RAY_ADDRESS": address})
-    finally:
-        process.stdin.close()
-        process.wait(timeout=60)
-        process.stdout.close()
-        shutil.rmtree(folder, ignore_errors=True)
+    with ray_cluster(HEAD) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    store = open_store(str(tmp_path_factory.mktemp("store")))
-    folder = tmp_path_factory.mktemp("source")
-    write_tiny_llama(folder / "model", layers=4, hidden=64)
-    request = StageRequest("tiny", Stage.SOURCE, SOURCE_KEY, 1, {})
-    attempts.claim(store, request)
-    attempts.commit(store, request, folder, {}, {})
-    return store
+    return store_with_a_model(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -112,47 +51,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
 
 
-@dataclass(frozen=True)
-class Run:
-    """One attempt, as a process of its own."""
-
-    request: StageRequest
-    store: Store
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def done(self) -> float:
-        """Steps that the attempt has reported."""
-        progress = attempts.read_progress(self.store, Stage.TRAIN, self.request.key, self.request.attempt)
-        return 0 if progress is None or progress["unit"] != "steps" else progress["done"]
-
-    def until(self, reached: Callable[[], bool], timeout_seconds: float = 180) -> None:
-        """Wait; the log is shown when the attempt ends or hangs before."""
-        end = time.monotonic() + timeout_seconds
-        while not reached():
-            if self.process.poll() is not None or time.monotonic() > end:
-                pytest.fail(f"rc {self.process.poll()}:\n{self.log.read_text()[-4000:]}")
-            time.sleep(0.1)
-
-    def record(self) -> Record:
-        """Wait for the end, which must be a committed artifact."""
-        if self.process.wait(timeout=300) != 0:
-            pytest.fail(self.log.read_text()[-4000:])
-        record = attempts.find(self.store, Stage.TRAIN, self.request.key)
-        assert record is not None
-        return record
-
-
 @pytest.fixture
-def start(cluster: Cluster, store: Store, rows: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """`start(key="c", attempt=1, workers=2)`: one attempt of the stage, as the cluster would start it."""
-    started: list[subprocess.Popen[bytes]] = []
+def start(cluster: Cluster, store: Store, rows: Path, tmp_path: Path) -> Iterator[Start]:
+    """`start("c", attempt=1, workers=2)`: one attempt of the stage."""
+    starter = Starter(cluster, store, tmp_path)
 
     def begin(key: str, attempt: int = 1, workers: int = 2) -> Run:
-        source = Source(uri=rows.as_uri())
-        resolved = sources.resolve(source, role="data")
         section = {
-            "dataset": {"uri": source.uri},
             "precision": "fp32",
             "steps": STEPS,
             "batchTokens": 600,
@@ -162,39 +67,22 @@ def start(cluster: Cluster, store: Store, rows: Path, tmp_path: Path) -> Iterato
             "workers": [{"profile": "local", "count": workers}],
             "checkpoint": {"everySteps": EVERY_STEPS},
         }
-        request = StageRequest(
-            "tiny",
-            Stage.TRAIN,
-            key * 64,
-            attempt,
-            section,
-            {"model": SOURCE_KEY},
-            {"model": Stage.SOURCE},
-            {resolved.ident: resolved.digest},
-        )
-        assert attempts.claim(store, request)
-        log = tmp_path / f"{key}-{attempt}.log"
-        arguments = ["--store", store.uri, "--stage", "train", "--key", request.key, "--attempt", str(attempt)]
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "fastserve.stages.entry", *arguments],
-                env={**cluster.environment, "FASTSERVE_SCRATCH": str(tmp_path / "scratch")},
-                stdout=stream,
-                stderr=stream,
-            )
-        started.append(process)
-        return Run(request, store, process, log)
+        return starter.start(key, rows, section, attempt)
 
     yield begin
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+    starter.end()
 
 
-def curve(store: Store, record: Record) -> list[dict[str, Any]]:
-    text = (attempts.fetch(store, record) / "curve.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+def workers(cluster: Cluster) -> list[psutil.Process]:
+    """The training workers that live now."""
+    found = []
+    for process in psutil.Process(cluster.process.pid).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +91,7 @@ def calm_curve() -> list[list[dict[str, Any]]]:
     return []
 
 
-def undisturbed(start: Callable[..., Run], store: Store, calm: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def undisturbed(start: Start, store: Store, calm: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     if not calm:
         calm.append(curve(store, start("c").record()))
     return calm[0]
@@ -219,9 +107,7 @@ def same_losses(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
     assert one[-1]["loss"] == pytest.approx(two[-1]["loss"], abs=1e-3)
 
 
-def test_two_workers_have_the_losses_of_one(
-    start: Callable[..., Run], store: Store, calm_curve: list[list[dict[str, Any]]]
-) -> None:
+def test_two_workers_have_the_losses_of_one(start: Start, store: Store, calm_curve: list[list[dict[str, Any]]]) -> None:
     two = undisturbed(start, store, calm_curve)
     one = curve(store, start("d", workers=1).record())
     same_losses(two, one)
@@ -229,13 +115,13 @@ def test_two_workers_have_the_losses_of_one(
 
 
 def test_a_killed_worker_costs_nothing_but_time(
-    cluster: Cluster, start: Callable[..., Run], store: Store, calm_curve: list[list[dict[str, Any]]]
+    cluster: Cluster, start: Start, store: Store, calm_curve: list[list[dict[str, Any]]]
 ) -> None:
     run = start("e")
     run.until(lambda: run.done() >= 2 * EVERY_STEPS)
-    workers = cluster.workers()
-    assert len(workers) == 2
-    workers[-1].kill()
+    alive = workers(cluster)
+    assert len(alive) == 2
+    alive[-1].kill()
     record = run.record()
     assert record.attempt == 1
     sharing = record.metrics["sharing"]
@@ -246,7 +132,7 @@ def test_a_killed_worker_costs_nothing_but_time(
 
 
 def test_a_killed_stage_goes_on_from_its_checkpoint_in_the_next_attempt(
-    cluster: Cluster, start: Callable[..., Run], store: Store, calm_curve: list[list[dict[str, Any]]]
+    cluster: Cluster, start: Start, store: Store, calm_curve: list[list[dict[str, Any]]]
 ) -> None:
     run = start("f")
     run.until(lambda: (newest_checkpoint(store, Stage.TRAIN, run.request.key) or 0) >= 2 * EVERY_STEPS)
@@ -260,6 +146,6 @@ def test_a_killed_stage_goes_on_from_its_checkpoint_in_the_next_attempt(
     assert record.attempt == 2
     same_losses(curve(store, record), undisturbed(start, store, calm_curve))
     deadline = time.monotonic() + 30
-    while cluster.workers() and time.monotonic() < deadline:
+    while workers(cluster) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert cluster.workers() == []
+    assert workers(cluster) == []
