@@ -21,7 +21,8 @@ from tests.bench.cgroup import Quotas
 from fastserve.artifacts import attempts
 from fastserve.artifacts.checkpoints import fetch_checkpoint
 from fastserve.artifacts.describe import describe
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.plan.facts import ModelFacts
 from fastserve.plan.stages import Stage, StageRequest
 from fastserve.plan.training import training_facts

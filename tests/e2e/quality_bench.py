@@ -9,7 +9,7 @@ from typing import Any
 
 from fastserve.artifacts import attempts, sources
 from fastserve.artifacts.record import Record
-from fastserve.artifacts.store import open_store
+from fastserve.artifacts.stores import open_store
 from fastserve.plan.digest import digest_of
 from fastserve.plan.stages import Stage, StageRequest
 from fastserve.spec.source import Source

@@ -11,7 +11,7 @@ import pytest
 
 from fastserve.artifacts import sources
 from fastserve.artifacts.describe import describe
-from fastserve.artifacts.store import open_store
+from fastserve.artifacts.stores import open_store
 from fastserve.artifacts.tokenizer import load_tokenizer
 from fastserve.plan.keys import ident_of
 from fastserve.plan.stages import Stage, StageRequest

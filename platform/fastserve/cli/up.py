@@ -13,7 +13,7 @@ import psutil
 
 from fastserve import errors
 from fastserve.artifacts import attempts
-from fastserve.artifacts.store import open_store
+from fastserve.artifacts.stores import open_store
 from fastserve.cli import render
 from fastserve.cli.chat import stream
 from fastserve.cli.manifests import read_manifests

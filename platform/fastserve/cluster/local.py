@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastserve.artifacts import attempts
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.cluster.access import gateway_keys
 from fastserve.cluster.gateway_process import GatewayProcess
 from fastserve.cluster.home import Home

@@ -14,7 +14,8 @@ from typing import Any
 
 from fastserve.artifacts import attempts, describe, sources
 from fastserve.artifacts.resolved import Resolved
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.artifacts.tokenizer import TokenizerFiles, load_tokenizer
 from fastserve.cluster.home import Home
 from fastserve.cluster.machine import local_hardware

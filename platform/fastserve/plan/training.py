@@ -40,7 +40,7 @@ _TRAINER_BYTES = 1_100_000_000
 """One training worker without the model: Ray, torch and transformers (measured: 1.0 to 1.2 GB resident)."""
 
 _MATRIX_TOKENS = 256
-"""Up to this length of the longest sample the model may attend through a matrix (`stages.train.network`)."""
+"""Up to this length of the longest sample the model may attend through a matrix (`stages.train.loading`)."""
 
 _ROUNDED_UP = 1.2
 """What activations take beyond what is counted (measured on CPU, a model of 19 million numbers: 1.05 to 1.21 times)."""

@@ -28,7 +28,8 @@ from typing import Any, NoReturn
 
 from fastserve.artifacts import attempts
 from fastserve.artifacts.checkpoints import prune_checkpoints
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.errors import AttemptFenced, FastServeError, StageFailed, StoreFailed, StoreFull
 from fastserve.plan.stages import Stage, StageRequest
 from fastserve.stages.work import Outcome, Work

@@ -20,7 +20,8 @@ import pytest
 
 from fastserve.artifacts import attempts, sources
 from fastserve.artifacts.describe import describe
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.cluster.home import Home
 from fastserve.cluster.processes import Process, clean_environment, environment, find
 from fastserve.cluster.ray_head import RayHead

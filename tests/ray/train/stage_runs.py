@@ -19,7 +19,8 @@ from tiny_llama import write_tiny_llama
 
 from fastserve.artifacts import attempts, sources
 from fastserve.artifacts.record import Record
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.plan.stages import Stage, StageRequest
 from fastserve.spec.source import Source
 

@@ -15,7 +15,8 @@ import pytest
 import s3_servers
 
 import fastserve
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.plan.stages import Stage, StageRequest
 
 KEY = "ab" * 32

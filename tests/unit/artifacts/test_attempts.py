@@ -26,7 +26,7 @@ FILES = {"model/config.json": b"{}", "model/a b-ü.bin": b"\x00\x01" * 5000, "re
 COMMIT = """
 import pathlib, sys
 from fastserve.artifacts import attempts
-from fastserve.artifacts.store import open_store
+from fastserve.artifacts.stores import open_store
 from fastserve.errors import AttemptFenced
 from fastserve.plan.stages import Stage, StageRequest
 store = open_store(sys.argv[1])

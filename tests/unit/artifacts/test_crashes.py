@@ -13,7 +13,7 @@ from fastserve.plan.stages import Stage, StageRequest
 COMMIT = """
 import pathlib, sys, time
 from fastserve.artifacts import attempts
-from fastserve.artifacts.store import open_store
+from fastserve.artifacts.stores import open_store
 from fastserve.plan.stages import Stage, StageRequest
 store = open_store(sys.argv[1])
 folder = pathlib.Path(sys.argv[2])

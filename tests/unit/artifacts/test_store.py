@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from fastserve.artifacts.durable import create_file, rename_if_free
 from fastserve.artifacts.folder_store import FolderStore
 from fastserve.artifacts.s3_store import S3Store
-from fastserve.artifacts.store import Store, check_name, open_store
+from fastserve.artifacts.store import Store, check_name
+from fastserve.artifacts.stores import open_store
 from fastserve.errors import ArtifactNotFound, DigestMismatch, FastServeError, StoreFailed, UsageInvalid
 
 REFUSED = [
@@ -237,7 +238,7 @@ def test_an_address_that_is_no_store_is_refused_without_showing_a_secret(uri: st
 
 def test_opening_an_s3_store_does_not_import_boto(place: Any) -> None:
     code = (
-        "import sys; from fastserve.artifacts.store import open_store; "
+        "import sys; from fastserve.artifacts.stores import open_store; "
         "open_store(sys.argv[1]); print('boto3' in sys.modules)"
     )
     process = place.start(code)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastserve.artifacts import attempts
-from fastserve.artifacts.store import open_store
+from fastserve.artifacts.stores import open_store
 from fastserve.cli import render
 from fastserve.cli.main import run
 from fastserve.cluster.home import Home

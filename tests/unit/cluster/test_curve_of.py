@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastserve.artifacts import attempts
-from fastserve.artifacts.store import open_store
+from fastserve.artifacts.stores import open_store
 from fastserve.cluster.status import curve_of
 from fastserve.errors import UsageInvalid
 from fastserve.plan.stages import Stage, StageRequest

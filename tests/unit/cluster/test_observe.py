@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fastserve.artifacts import attempts
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.cluster.home import Home
 from fastserve.cluster.observe import observe, submission_id
 from fastserve.cluster.ray_jobs import Job, JobState

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,11 @@ def spawn(home_id: str) -> Iterator[Spawn]:
         env = clean_environment({HOME_VARIABLE: home_id, **extra})
         process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE)
         started.append(process)
+        # The kernel shows a new program's environment a moment after it has begun.
+        until = time.monotonic() + 30
+        while home_id.encode() not in Path(f"/proc/{process.pid}/environ").read_bytes():
+            assert time.monotonic() < until
+            time.sleep(0.01)
         return process
 
     yield start

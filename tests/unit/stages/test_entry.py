@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from fastserve.artifacts import attempts
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.errors import DatasetInvalid, EngineFailed, InsufficientMemory, StoreFailed, StoreFull
 from fastserve.plan.stages import Stage, StageRequest
 from fastserve.stages.entry import Heartbeat, Interrupted, is_final, run_attempt
@@ -218,7 +219,7 @@ def test_many_threads_may_report_at_once() -> None:
 STAGE = """
 import sys, time
 from pathlib import Path
-from fastserve.artifacts.store import open_store
+from fastserve.artifacts.stores import open_store
 from fastserve.artifacts import attempts
 from fastserve.plan.stages import Stage
 from fastserve.stages import entry

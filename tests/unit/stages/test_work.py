@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fastserve.artifacts import attempts, sources
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.errors import ArtifactNotFound, DigestMismatch, SourceNotFound
 from fastserve.plan.stages import Stage, StageRequest
 from fastserve.spec.source import Source

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fastserve.artifacts import attempts
-from fastserve.artifacts.store import open_store
+from fastserve.artifacts.stores import open_store
 from fastserve.errors import ArtifactNotFound, DigestMismatch
 from fastserve.plan.revision import Revision
 

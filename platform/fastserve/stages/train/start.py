@@ -23,8 +23,9 @@ from fastserve.stages.train.corpus import Corpus, Rectangle
 from fastserve.stages.train.division import divide
 from fastserve.stages.train.engine import Engine, make_engine
 from fastserve.stages.train.group import Group
+from fastserve.stages.train.loading import EAGER_BELOW_TOKENS, load_network
 from fastserve.stages.train.meter import Pace
-from fastserve.stages.train.network import DTYPES, EAGER_BELOW_TOKENS, Network, load_network
+from fastserve.stages.train.network import DTYPES, Network
 from fastserve.stages.train.order import Batch, Order
 from fastserve.stages.train.place import Place, memory_bytes
 from fastserve.stages.train.probe import ACCELERATOR_SIZES, SIZES, probe

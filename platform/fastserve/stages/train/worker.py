@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fastserve.artifacts import attempts
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.errors import AttemptFenced, InsufficientMemory, NotExecutable, StageFailed, StoreFull
 from fastserve.stages.train.corpus import Corpus
 from fastserve.stages.train.group import Group

@@ -8,7 +8,8 @@ import pytest
 
 from fastserve.artifacts import attempts
 from fastserve.artifacts.record import Record
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.errors import ArtifactNotFound, DigestMismatch
 from fastserve.plan.revision import Revision
 from fastserve.plan.stages import Stage, StageRequest

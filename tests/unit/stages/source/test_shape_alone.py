@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from fastserve.artifacts import sources
-from fastserve.artifacts.store import open_store
+from fastserve.artifacts.stores import open_store
 from fastserve.plan.keys import ident_of
 from fastserve.plan.stages import Stage, StageRequest
 from fastserve.spec.source import Source

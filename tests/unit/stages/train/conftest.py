@@ -12,7 +12,8 @@ from tiny_llama import write_rows, write_tiny_llama
 
 from fastserve.artifacts import attempts
 from fastserve.artifacts.describe import describe
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.artifacts.tokenizer import load_tokenizer
 from fastserve.data.samples import SampleSet, samples
 from fastserve.plan.stages import Stage, StageRequest

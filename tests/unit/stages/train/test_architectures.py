@@ -10,7 +10,8 @@ import pytest
 from model_zoo import ARCHITECTURES, write_model
 from ranks import run_ranks
 
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.stages.train.corpus import Corpus
 from fastserve.stages.train.group import Group
 from fastserve.stages.train.task import Task

@@ -15,7 +15,8 @@ from fastserve.artifacts.describe import describe
 from fastserve.errors import StageFailed
 from fastserve.spec.train import Train
 from fastserve.stages.train.export import export
-from fastserve.stages.train.network import Network, load_network
+from fastserve.stages.train.loading import load_network
+from fastserve.stages.train.network import Network
 from fastserve.stages.train.state import RunState
 
 IDS = torch.tensor([[5, 9, 77, 130, 2, 40]])

@@ -11,8 +11,9 @@ import torch
 from fastserve.spec.train import Train
 from fastserve.stages.train.corpus import Corpus
 from fastserve.stages.train.group import Group
+from fastserve.stages.train.loading import load_network
 from fastserve.stages.train.loop import loss_sum
-from fastserve.stages.train.network import Network, load_network
+from fastserve.stages.train.network import Network
 from fastserve.stages.train.shard import Sharded
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from fastserve.errors import NotExecutable, StageFailed
 from fastserve.spec.train import Train
 from fastserve.stages.train.adapters import target_names
-from fastserve.stages.train.network import Network, as_stored, blocks_of, empty_model, load_network, read_config
+from fastserve.stages.train.loading import load_network
+from fastserve.stages.train.network import Network, as_stored, blocks_of, empty_model, read_config
 
 
 def section(**values: Any) -> Train:

@@ -14,8 +14,9 @@ from tiny_llama import write_tiny_llama
 from fastserve.spec.train import Train
 from fastserve.stages.train.corpus import Corpus
 from fastserve.stages.train.group import CPU, Group
+from fastserve.stages.train.loading import load_network
 from fastserve.stages.train.loop import loss_sum
-from fastserve.stages.train.network import Network, load_network
+from fastserve.stages.train.network import Network
 from fastserve.stages.train.probe import link_seconds, probe
 from fastserve.stages.train.standin import StandIn, shortened
 

@@ -17,7 +17,8 @@ from fastserve.spec.train import Train
 from fastserve.stages.train.corpus import Corpus
 from fastserve.stages.train.engine import Engine, make_engine
 from fastserve.stages.train.group import CPU, Group
-from fastserve.stages.train.network import DTYPES, Network, load_network
+from fastserve.stages.train.loading import load_network
+from fastserve.stages.train.network import DTYPES, Network
 from fastserve.stages.train.proof import Proof, Reference, SomeBlocks, WholeModel, prove, relative_error
 from fastserve.stages.train.start import rectangle
 from fastserve.stages.train.task import Task

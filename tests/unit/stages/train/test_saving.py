@@ -23,7 +23,8 @@ from slow_stores import TroubledStore, kill_at, nothing, slow_store
 import fastserve
 from fastserve.artifacts import attempts
 from fastserve.artifacts.folder_store import FolderStore
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.errors import AttemptFenced, StoreFailed, StoreFull
 from fastserve.plan.stages import Stage, StageRequest
 from fastserve.stages.train import state

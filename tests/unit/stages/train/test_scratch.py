@@ -12,7 +12,7 @@ from model_zoo import write_model
 from fastserve.artifacts.tokenizer import load_tokenizer
 from fastserve.errors import ManifestInvalid, SourceInvalid
 from fastserve.spec.train import Train
-from fastserve.stages.train.network import load_network
+from fastserve.stages.train.loading import load_network
 from fastserve.stages.train.scratch import config_of, facts_of, prepare
 
 TEXT = "The rabbit took a watch out of its waistcoat pocket, and looked at it, and then hurried on. " * 40

@@ -13,7 +13,8 @@ from ranks import run_ranks
 
 from fastserve.artifacts import attempts
 from fastserve.artifacts.checkpoints import fetch_checkpoint
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.plan.stages import Stage, StageRequest
 from fastserve.plan.training import training_facts
 from fastserve.spec.train import Train

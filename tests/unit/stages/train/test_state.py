@@ -16,7 +16,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from fastserve.artifacts.checkpoints import fetch_checkpoint, put_checkpoint
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.errors import DigestMismatch, StageFailed
 from fastserve.plan.stages import Stage, StageRequest
 from fastserve.stages.train import state

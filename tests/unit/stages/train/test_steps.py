@@ -17,7 +17,8 @@ from tiny_llama import write_tiny_llama
 
 from fastserve.artifacts import attempts
 from fastserve.artifacts.checkpoints import fetch_checkpoint, newest_checkpoint
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.plan.stages import Stage
 from fastserve.stages.train import state, steps
 from fastserve.stages.train.corpus import Corpus, Rectangle

@@ -17,7 +17,8 @@ import s3_servers
 from tiny_llama import write_rows, write_tokenizer
 
 import fastserve
-from fastserve.artifacts.store import Store, open_store
+from fastserve.artifacts.store import Store
+from fastserve.artifacts.stores import open_store
 from fastserve.artifacts.tokenizer import load_tokenizer
 from fastserve.data.samples import samples
 from fastserve.errors import DatasetInvalid, DigestMismatch, StoreFailed
@@ -225,7 +226,7 @@ def test_progress_is_told(model: Path, tmp_path: Path) -> None:
 PEAK = """
 import json, resource, sys
 from pathlib import Path
-from fastserve.artifacts.store import open_store
+from fastserve.artifacts.stores import open_store
 from fastserve.spec.train import Train
 from fastserve.stages.train.tokens import open_corpus, tokenised
 from fastserve.telemetry.progress import Reporter

@@ -68,7 +68,7 @@ def test_a_killed_run_goes_on_at_the_next_step_as_if_nothing_had_happened(
     assert seen == [4, 5, 6, 7, 8, 9]
     resumed = curve_of(store, second, tmp_path / "resumed")
 
-    from fastserve.artifacts.store import open_store
+    from fastserve.artifacts.stores import open_store
 
     calm = open_store(str(calm_store))
     attempts.claim(calm, first.request)
