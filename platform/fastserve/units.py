@@ -30,7 +30,13 @@ _BYTES = {
 _TOO_LARGE = 2**63
 """Sizes stay in a signed 64-bit integer, as Kubernetes keeps them."""
 
-_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z%]+)")
+DURATION_UNITS = tuple(_SECONDS)
+SIZE_UNITS = tuple(_BYTES)
+
+_BLANKS = r"[ \t\n\f\r]*"
+"""What `\\s*` is to an API server (RE2): a pattern there and this reader take the same texts."""
+
+_QUANTITY = re.compile(rf"{_BLANKS}([0-9]+(?:\.[0-9]+)?){_BLANKS}([A-Za-z%]+){_BLANKS}")
 
 
 def parse_duration(text: str) -> float:
@@ -43,7 +49,7 @@ def parse_duration(text: str) -> float:
         parts = [int(part) for part in clock.groups() if part is not None]
         seconds = sum(part * 60**power for power, part in enumerate(reversed(parts)))
         raise ValueError(f"'{text}' could be minutes or hours; write {seconds}s")
-    match = _QUANTITY.fullmatch(text.strip())
+    match = _QUANTITY.fullmatch(text)
     if not match or match[2] not in _SECONDS:
         raise ValueError(f"'{text}' is not a duration; write a number with ms, s, m, h or d, such as 500ms or 2m")
     return _finite(float(match[1]) * _SECONDS[match[2]], text)
@@ -51,7 +57,7 @@ def parse_duration(text: str) -> float:
 
 def parse_bytes(text: str) -> int:
     """Bytes in `24GiB`, `500MB`, `32Gi`. Raises ValueError that names the units."""
-    match = _QUANTITY.fullmatch(text.strip())
+    match = _QUANTITY.fullmatch(text)
     if not match or match[2] not in _BYTES:
         raise ValueError(
             f"'{text}' is not a size; write a number with KiB, MiB, GiB, TiB (or kB, MB, GB, TB), such as 24GiB"
@@ -64,7 +70,7 @@ def parse_bytes(text: str) -> int:
 
 def parse_share(text: str) -> float:
     """Share in `5%` (0.05). Raises ValueError that shows the form."""
-    match = _QUANTITY.fullmatch(text.strip())
+    match = _QUANTITY.fullmatch(text)
     if not match or match[2] != "%":
         raise ValueError(f"'{text}' is not a percentage; write a number with %, such as 5%")
     return _finite(float(Decimal(match[1]) / 100), text)

@@ -19,6 +19,9 @@ GROUP = "fastserve.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 
+MOST_STEPS = 32
+"""Compress steps. An API server takes a rule only over a list that ends somewhere."""
+
 
 class Metadata(Section):
     """Name and labels, as everywhere in Kubernetes."""
@@ -45,7 +48,7 @@ class ModelSpec(Section):
     train: Train | None = None
     """Fine-tune it."""
 
-    compress: list[CompressStep] = Field(default_factory=list)
+    compress: Annotated[list[CompressStep], Field(max_length=MOST_STEPS)] = Field(default_factory=list)
     """Make it smaller, step by step."""
 
     evaluate: Evaluate | None = None

@@ -209,6 +209,10 @@ def _empty_list(place: Place, context: dict[str, Any]) -> Advice:
     return Advice(f"is an empty list; write at least one item{_or_remove(place)}")
 
 
+def _long_list(place: Place, context: dict[str, Any]) -> Advice:
+    return Advice(f"has {context['actual_length']} items; write at most {context['max_length']}")
+
+
 def _or_remove(place: Place) -> str:
     return "" if place.in_list or (place.field and place.field.required) else ", or remove the line"
 
@@ -263,6 +267,7 @@ _ADVICE: dict[str, Callable[[Place, dict[str, Any]], Advice]] = {
     "dict_type": _not_a_block,
     "list_type": _not_a_list,
     "too_short": _empty_list,
+    "too_long": _long_list,
     "bool_type": _not_a_flag,
     "finite_number": _not_a_number,
     "literal_error": _not_a_choice,

@@ -90,7 +90,7 @@ class Engine(Section):
 class Rollout(Section):
     """How a new revision takes over."""
 
-    steps: Annotated[list[Percent], Field(min_length=1)] = Field(default_factory=lambda: [100])
+    steps: Annotated[list[Percent], Field(min_length=1, max_length=100)] = Field(default_factory=lambda: [100])
     """Percent of traffic, step by step; the last is 100."""
 
     hold: Duration = 60.0

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from fastserve.spec.section import Flag, Name, Number, Plain, Positive, Section, Whole, wrong_at
 from fastserve.spec.source import SourceRef
 
+MOST_GROUPS = 256
+"""Groups of workers. An API server takes a rule only over a list that ends somewhere."""
+
 
 class Lora(Section):
     """Low-rank adapters (Hu et al., 2021, arXiv 2106.09685): only two small matrices a layer are trained."""
@@ -145,7 +148,7 @@ class Train(Section):
     validation: Validation | None = None
     """Absent: no loss is measured while it trains, and the last weights are kept."""
 
-    workers: Annotated[list[Workers], Field(min_length=1)] = Field(
+    workers: Annotated[list[Workers], Field(min_length=1, max_length=MOST_GROUPS)] = Field(
         default_factory=lambda: [Workers(profile="local", count=1)]
     )
     """Training workers, unequal if need be."""

@@ -92,6 +92,12 @@ HEAD = "apiVersion: fastserve.dev/v1alpha1\nkind: Model\nmetadata: {name: a}\nsp
             "spec.train.batchTokens",
             "fewer than the 3 workers",
         ),
+        (
+            f"{{source: a, train: {{dataset: b, workers: [{'{profile: a, count: 1}, ' * 257}]}}}}",
+            "spec.train.workers",
+            "has 257 items; write at most 256",
+        ),
+        (f"{{source: a, compress: [{'{prune: {layers: 0.9}}, ' * 33}]}}", "spec.compress", "write at most 32"),
         ("{source: a, train: {}}", "spec.train.dataset", "is missing"),
         ("{source: a, compress: [{}]}", "spec.compress[0]", "prune or quantize"),
         ("{source: a, compress: [{prune: {}}]}", "spec.compress[0].prune", "layers or width"),
