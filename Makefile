@@ -73,7 +73,7 @@ bench: $(VENV)/.dev ## Figures, one tab-separated line each: make bench ONLY=mai
 	@$(BIN)/python -m tests.bench $(ONLY)
 
 .PHONY: generate
-generate: $(VENV)/.dev ## Write the generated files anew: schema, reference
+generate: $(VENV)/.dev ## Write the generated files anew: schema, reference, definitions for Kubernetes
 	@$(BIN)/python -m fastserve.spec.generate
 
 .PHONY: format

@@ -121,7 +121,7 @@ def _shape(annotation: Any, metadata: Sequence[Any]) -> Shape:
     origin = get_origin(annotation)
     if origin is Annotated:
         inner, *more = get_args(annotation)
-        return _shape(inner, [*metadata, *_spread(more)])
+        return _shape(inner, [*metadata, *spread(more)])
     if origin in (Union, types.UnionType):
         present = [item for item in get_args(annotation) if item is not types.NoneType]
         return _shape(present[0], metadata)
@@ -141,8 +141,8 @@ def _shape(annotation: Any, metadata: Sequence[Any]) -> Shape:
     return Shape(words + _bounds(metadata, form), None, form)
 
 
-def _spread(metadata: Sequence[Any]) -> Iterator[Any]:
-    """Annotations with what `Field(...)` among them holds."""
+def spread(metadata: Sequence[Any]) -> Iterator[Any]:
+    """Annotations of a type, with what `Field(...)` among them holds."""
     for item in metadata:
         if isinstance(item, FieldInfo):
             yield from item.metadata
