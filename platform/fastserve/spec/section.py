@@ -81,9 +81,10 @@ def _with_unit(parse: Callable[[str], Any], form: Form, pattern: str) -> BeforeV
     return BeforeValidator(read, json_schema_input_type=schema)
 
 
-_DURATION = r"^[0-9]+(\.[0-9]+)?\s*(ms|s|m|h|d)$"
-_SIZE = r"^[0-9]+(\.[0-9]+)?\s*(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB|Ki|Mi|Gi|Ti)$"
-_SHARE = r"^[0-9]+(\.[0-9]+)?\s*%$"
+_DIGITS = r"^\s*[0-9]+(\.[0-9]+)?\s*"
+_DURATION = rf"{_DIGITS}({'|'.join(units.DURATION_UNITS)})\s*$"
+_SIZE = rf"{_DIGITS}({'|'.join(units.SIZE_UNITS)})\s*$"
+_SHARE = rf"{_DIGITS}%\s*$"
 
 _DURATION_FORM = Form("duration", "500ms or 2m", units.write_duration)
 _SIZE_FORM = Form("size", "24GiB", units.write_bytes)

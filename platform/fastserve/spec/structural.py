@@ -38,11 +38,12 @@ from fastserve.spec.train import Scratch, Train
 Schema = dict[str, Any]
 
 NO_DEFAULT = {
-    (Replicas, "max"): "follows min, so a max that was filled in would refuse `replicas: {min: 3}`",
-    (Serve, "profiles"): "`local` is another machine everywhere; filled in, it could not be told from a wish",
-    (Train, "workers"): "`local` is another machine everywhere; filled in, it could not be told from a wish",
+    (Replicas, "max"): "as many as min, and at least 1",
+    (Serve, "profiles"): "[local]",
+    (Train, "workers"): "[{profile: local, count: 1}]",
 }
-"""Keys whose default stays with FastServe, each with the reason."""
+"""Keys whose default stays with FastServe, each with what it is when left out. A max that was filled in would refuse
+`replicas: {min: 3}`; `local` is another machine everywhere, and filled in it could not be told from a wish."""
 
 NAMED_ITEMS = {(Evaluate, "tasks"), (Serve, "adapters")}
 """Lists in which a name stands once: the API server refuses a second one and merges lists by it."""
@@ -103,11 +104,13 @@ def _key(section: type[Section], field: FieldShape, annotation: Any, metadata: S
 
 def _description(section: type[Section], field: FieldShape) -> str:
     """What `kubectl explain` says of a key."""
-    words = field.description
+    words, form = field.description, field.shape.form
+    if form is not None and form.write is not None and "such as" not in words:
+        words += f" A {form.words}, such as {form.example}."
     if section is Evaluate and field.key == "gate":
         words += " A task's limits are a key `task.NAME: {min: 0.8, maxDrop: 1%}`."
-    if field.shown_default and not _has_default(section, field) and field.shown_default not in ("[]", "{}"):
-        words += f" Left out: {field.shown_default}."
+    if (section, field.key) in NO_DEFAULT:
+        words += f" Left out: {NO_DEFAULT[section, field.key]}."
     return words
 
 
@@ -199,9 +202,11 @@ _DIGITS_OF_SHARES = {(): _ANY, (Le(1),): _UP_TO_1}
 def _quantity(digits: dict[tuple[Any, ...], str], names: Sequence[str]) -> Callable[[Sequence[Any]], Schema]:
     """A number with one of the units `names`; `digits` are those of each bound that our sections have."""
 
+    unit = names[0] if len(names) == 1 else f"({'|'.join(names)})"
+
     def schema(metadata: Sequence[Any]) -> Schema:
         bounds = tuple(item for item in metadata if isinstance(item, Ge | Gt | Le | Lt))
-        return {"type": "string", "pattern": rf"^\s*{digits[bounds]}\s*({'|'.join(names)})\s*$"}
+        return {"type": "string", "pattern": rf"^\s*{digits[bounds]}\s*{unit}\s*$"}
 
     return schema
 

@@ -140,6 +140,11 @@ class TestStructure:
                 assert 0 < len(node.get("description", "")) <= 400, path
                 assert "\n" not in node["description"], path
 
+    def test_a_quantity_is_explained_with_an_example(self) -> None:
+        quantities = [node for _, node in nodes(SCHEMAS["Model"]) if r"\s*$" in node.get("pattern", "")]
+        assert len(quantities) > 9
+        assert [node["description"] for node in quantities if "such as" not in node["description"]] == []
+
     def test_the_columns_tell_the_story(self) -> None:
         version = CRDS["Model"]["spec"]["versions"][0]
         names = [column["name"] for column in version["additionalPrinterColumns"]]
@@ -239,6 +244,9 @@ class TestDefaults:
         assert serve["rollout"] == {"steps": [100], "hold": "1m", "maxErrorRate": "1%", "maxTtftIncrease": "20%"}
         assert serve["engine"] == {"dtype": "auto", "prefixCaching": True}
         assert serve["streamLimit"] == "10m"
+
+    def test_what_has_no_default_here_says_what_it_is(self) -> None:
+        assert BY_PATH["spec.serve.profiles"]["description"].endswith("Left out: [local].")
 
     def test_what_has_no_default_here_is_left_to_the_reader(self) -> None:
         without = {"spec.serve.replicas.max", "spec.serve.profiles", "spec.train.workers"}
