@@ -175,9 +175,8 @@ def test_it_streams_token_by_token(served: Served) -> None:
             if line.startswith("data: {"):
                 times.append(time.monotonic())
     assert len(times) >= 48
-    # Buffered, all would come at once at the end.
-    assert times[-1] - times[0] > 0.2
-    assert max(later - earlier for earlier, later in pairwise(times)) < (times[-1] - times[0]) / 2
+    # Buffered, all would come in one or two lumps; a busy machine may hold some of them up together.
+    assert sum(later - earlier > 0.001 for earlier, later in pairwise(times)) >= 12
 
 
 def test_nothing_of_a_cluster_reaches_the_engine_and_nothing_is_open_to_the_network(
