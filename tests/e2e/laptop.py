@@ -92,7 +92,7 @@ class Laptop:
         deadline = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < deadline, f"after {seconds:.0f} s: {what}"
-            time.sleep(0.2)
+            time.sleep(0.05)
 
     def down(self) -> None:
         """End everything."""

@@ -29,11 +29,17 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def running(laptop: Laptop, stage: str) -> bool:
-    """Whether an attempt of the stage is under way: it reports, and has not committed."""
-    for progress in laptop.home.path.glob(f"store/artifacts/{stage}/*/attempts/*/progress.json"):
-        key = progress.parents[2]
-        fresh = time.time() - json.loads(progress.read_text())["at"] < 5
-        if fresh and not (key / "record.json").exists() and not (progress.parent / "failure.json").exists():
+    """Whether an attempt of the stage is under way: it reports, and has not committed.
+
+    The tiny source is done half a second after its first report, so there a claim that is a second old will do.
+    """
+    for request in laptop.home.path.glob(f"store/artifacts/{stage}/*/attempts/*/request.json"):
+        key, progress = request.parents[2], request.with_name("progress.json")
+        if (key / "record.json").exists() or request.with_name("failure.json").exists():
+            continue
+        if progress.exists() and time.time() - json.loads(progress.read_text())["at"] < 5:
+            return True
+        if stage == "source" and time.time() - request.stat().st_mtime > 1:
             return True
     return False
 
