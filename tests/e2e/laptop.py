@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -81,17 +82,18 @@ class Laptop:
         found = []
         for process in psutil.process_iter():
             try:
-                if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
+                marked = mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+                if marked and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except OSError:
+            except (OSError, psutil.Error):
                 continue
-        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+        return found
 
     def until(self, true: Callable[[], bool], what: str, seconds: float = 300) -> None:
         """Wait for something to become true."""
         deadline = time.monotonic() + seconds
         while not true():
-            assert time.monotonic() < deadline, f"after {seconds:.0f} s: {what}"
+            assert time.monotonic() < deadline, f"after {seconds:.0f} s: {what}; now: {self._described()}"
             time.sleep(0.05)
 
     def down(self) -> None:
@@ -102,10 +104,18 @@ class Laptop:
 
     def assert_nothing_left(self) -> None:
         """No process, no half-written file, no scratch folder."""
-        self.until(lambda: not self.processes(), f"processes are left: {[p.cmdline() for p in self.processes()]}", 15)
+        self.until(lambda: not self.processes(), "processes are left", 15)
         files = [path for path in self.home.path.rglob("*") if path.is_file() and path.name.startswith(".")]
         assert not files, f"half-written files: {files}"
         assert not Path(f"/tmp/fastserve-{self.home.id}").exists()
+
+    def _described(self) -> list[str]:
+        """Command lines of this home's processes."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                found.append(" ".join(process.cmdline())[:100])
+        return found
 
     def _home_option(self, arguments: tuple[str, ...]) -> list[str]:
         return [] if arguments[0] in ("validate", "schema") else ["--home", str(self.home.path)]
