@@ -88,7 +88,8 @@ def test_a_change_under_serve_retrains_nothing_and_a_rollback_moves_the_pointer(
     shared_laptop.run("rollback", "quickstart")
     assert _serving(shared_laptop) == old
     assert "Paris" in shared_laptop.chat("quickstart", QUESTION)
-    assert "rolled back" in shared_laptop.run("why", "quickstart").stdout
+    # First it says that the newer revision is taken away.
+    shared_laptop.until(lambda: "rolled back" in shared_laptop.run("why", "quickstart").stdout, "why says so", 60)
 
 
 def test_an_unchanged_run_after_down_runs_no_stage(shared_laptop: Laptop, first: str) -> None:
