@@ -60,6 +60,7 @@ class Laptop:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 text=True,
+                preexec_fn=_hear_ctrl_c,
             )
         self._started.append(process)
         return process
@@ -119,6 +120,11 @@ class Laptop:
 
     def _home_option(self, arguments: tuple[str, ...]) -> list[str]:
         return [] if arguments[0] in ("validate", "schema") else ["--home", str(self.home.path)]
+
+
+def _hear_ctrl_c() -> None:
+    """As in a terminal: whoever starts the tests in the background of a script leaves SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def ctrl_c(process: subprocess.Popen[str]) -> int:
