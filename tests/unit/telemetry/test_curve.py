@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -11,11 +10,6 @@ from typing import Any
 import pytest
 
 from fastserve.telemetry import curve
-
-NEEDS_PLOTEXT = pytest.mark.skipif(importlib.util.find_spec("plotext") is None, reason="plotext is not installed")
-NEEDS_MATPLOTLIB = pytest.mark.skipif(
-    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
-)
 
 
 def rows(count: int, every: int = 0) -> list[dict[str, Any]]:
@@ -61,7 +55,6 @@ def test_a_torn_last_line_is_left_out() -> None:
     assert curve.loaded(b"") == []
 
 
-@NEEDS_PLOTEXT
 def test_a_terminal_shows_both_losses_with_units() -> None:
     shown = curve.drawn(rows(200, 20), "loss of m", width=70, height=18)
     for word in ("loss of m", "training", "validation", "optimizer step", "nats a token", "7.9"):
@@ -71,7 +64,6 @@ def test_a_terminal_shows_both_losses_with_units() -> None:
     assert "\x1b" in curve.drawn(rows(200), "loss of m", colour=True)
 
 
-@NEEDS_PLOTEXT
 def test_one_step_can_be_drawn() -> None:
     assert "training" in curve.drawn(rows(1), "m")
 
@@ -88,7 +80,6 @@ def test_figures_stand_in_for_a_picture() -> None:
     assert len(shown) <= 31
 
 
-@NEEDS_MATPLOTLIB
 @pytest.mark.parametrize("every", [0, 10])
 def test_the_picture_is_a_light_png(tmp_path: Path, every: int) -> None:
     target = tmp_path / "curve.png"

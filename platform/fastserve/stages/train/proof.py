@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Proof:
         }
 
 
-class Reference:
+class Reference(ABC):
     """What the engine is held against; made before the engine takes the model over."""
 
     def __init__(
@@ -75,12 +76,13 @@ class Reference:
 
     scope: Literal["model", "blocks"]
 
+    @abstractmethod
     def watch(self, model: nn.Module, stack: ExitStack) -> None:
         """Note what is needed of the engine's pass, while `stack` is open."""
 
+    @abstractmethod
     def error(self, engine: Engine) -> float:
         """Largest relative error of a parameter's gradient, the same on all ranks. Collective."""
-        raise NotImplementedError
 
 
 class WholeModel(Reference):
@@ -106,6 +108,9 @@ class WholeModel(Reference):
             with without_dropout(network.model):
                 stand_in = StandIn(network, dtype, group.device)
                 self._gradients = sums(stand_in, [one for one in alone if one is not None], self.factor)
+
+    def watch(self, model: nn.Module, stack: ExitStack) -> None:
+        """See Reference; the gradient is all that is needed."""
 
     def error(self, engine: Engine) -> float:
         """See Reference."""
