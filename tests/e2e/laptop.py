@@ -65,6 +65,10 @@ class Laptop:
         self._started.append(process)
         return process
 
+    def said(self) -> str:
+        """All that the commands in the background have said so far."""
+        return (self.home.path.parent / "background.log").read_text()
+
     def chat(self, name: str, message: str) -> str:
         """One answer through the gateway."""
         return self.run("chat", name, message).stdout.strip()

@@ -79,6 +79,7 @@ def test_the_command_line_killed_in_each_stage_and_begun_again(laptop: Laptop, m
     assert len(attempts) == 4
     assert set(attempts.values()) == {1}, f"a stage was repeated: {attempts}"
     laptop.chat("tiny", "hello")
+    laptop.until(lambda: "tiny is ready" in laptop.said(), "its own answer is under way", 60)
     assert ctrl_c(process) == 0
     laptop.assert_nothing_left()
 

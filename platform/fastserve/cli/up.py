@@ -110,11 +110,12 @@ class Run:
             self._show_results(beats)
             if self.refusal is not None:
                 return self._leave(keep=self._was_serving)
-            if not self._json:
-                self._show_endpoints(beats)
             serves = any(beat.model.spec.serve is not None for beat in beats)
-            if self._detach or not serves:
-                return self._leave(keep=self._detach and serves)
+            stays = serves and not self._detach
+            if not self._json and not self._told(beats, may_end=stays):
+                return self._leave(keep=False)
+            if not stays:
+                return self._leave(keep=serves)
         except KeyboardInterrupt:
             self._leave(keep=False)
             raise
@@ -152,6 +153,17 @@ class Run:
         if self._json:
             found = [self._status(beat) for beat in beats]
             render.as_json(found[0] if len(found) == 1 else found)
+
+    def _told(self, beats: Sequence[Beat], may_end: bool) -> bool:
+        """Show the endpoints. False: Ctrl-C came while the answer streamed, which ends a ready model as it does later."""
+        try:
+            self._show_endpoints(beats)
+        except KeyboardInterrupt:
+            if not may_end:
+                raise
+            render.say("\nstopping")
+            return False
+        return True
 
     def _show_endpoints(self, beats: Sequence[Beat]) -> None:
         """URL, key, a curl line, and one real answer."""
