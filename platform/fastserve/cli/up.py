@@ -155,7 +155,7 @@ class Run:
             render.as_json(found[0] if len(found) == 1 else found)
 
     def _told(self, beats: Sequence[Beat], may_end: bool) -> bool:
-        """Show the endpoints. False: Ctrl-C came while the answer streamed; a ready model ends by it as it does later."""
+        """Show the endpoints. False: Ctrl-C came while the answer streamed, which ends a ready model too."""
         try:
             self._show_endpoints(beats)
         except KeyboardInterrupt:
