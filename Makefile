@@ -52,13 +52,15 @@ check: $(VENV)/.dev ## Lint, types, import rules, house rules, drift of generate
 	@$(BIN)/python -m pytest -q tests/house
 
 .PHONY: test
-test: $(VENV)/.dev ## All tiers that need only Python (and Go for the S3 server)
+test: $(VENV)/.dev ## All tiers that need only Python (and Go, for the S3 server and Kubernetes)
 	@$(BIN)/python -m pytest -q tests/unit tests/house
 	@$(BIN)/python -m pytest -q -m s3 tests/unit/artifacts
+	@$(BIN)/python tests/kube/kubernetes_binaries.py
+	@$(BIN)/python -m pytest -q -m kube tests/kube
 	@$(BIN)/python -m pytest -q -m ray tests/ray
 	@$(BIN)/python -m pytest -q -m e2e tests/e2e
 
-.PHONY: test-unit test-ray test-e2e test-s3
+.PHONY: test-unit test-ray test-e2e test-s3 test-kube
 test-unit: $(VENV)/.dev ## Unit tests: seconds, no Ray, no network
 	@$(BIN)/python -m pytest -q tests/unit
 test-ray: $(VENV)/.dev ## Tests on a real local Ray
@@ -67,14 +69,18 @@ test-e2e: $(VENV)/.dev ## Whole manifests with the real engine
 	@$(BIN)/python -m pytest -q -m e2e tests/e2e
 test-s3: $(VENV)/.dev ## The artifact store on a real S3-compatible server
 	@$(BIN)/python -m pytest -q -m s3 tests/unit/artifacts
+test-kube: $(VENV)/.dev ## On a real Kubernetes API server (built once with Go: about 7 minutes)
+	@$(BIN)/python tests/kube/kubernetes_binaries.py
+	@$(BIN)/python -m pytest -q -m kube tests/kube
 
 .PHONY: bench
-bench: $(VENV)/.dev ## Figures, one tab-separated line each: make bench ONLY=main|gateway|serving|training
+bench: $(VENV)/.dev ## Figures, one tab-separated line each: make bench ONLY=main|gateway|serving|training|kubernetes
 	@$(BIN)/python -m tests.bench $(ONLY)
 
 .PHONY: generate
-generate: $(VENV)/.dev ## Write the generated files anew: schema, reference, definitions for Kubernetes
+generate: $(VENV)/.dev ## Write the generated files anew: schema, reference, definitions for Kubernetes, the chart's page
 	@$(BIN)/python -m fastserve.spec.generate
+	@$(BIN)/python helm/chart_files.py
 
 .PHONY: format
 format: $(VENV)/.dev ## Format the code
