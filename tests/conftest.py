@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-TIERS = ("ray", "e2e", "s3")
+TIERS = ("ray", "e2e", "s3", "kube")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

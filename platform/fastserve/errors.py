@@ -12,7 +12,8 @@ FastServeError                     exit  reason
 │   └── InsufficientHardware
 ├── GateRefused                    4     the candidate may not take traffic
 │   ├── GateFailed
-│   └── GateInconclusive
+│   ├── GateInconclusive
+│   └── RolledBack                       under traffic it was worse than the revision it was to replace
 └── ClusterFailed                  5     something that ran broke
     ├── StageFailed
     ├── EngineFailed
@@ -22,7 +23,9 @@ FastServeError                     exit  reason
     │   ├── DigestMismatch               bytes are not what their record says
     │   └── AttemptFenced                a newer attempt owns this key, or it is already committed
     ├── PortInUse
-    └── HomeInUse                        another `fastserve up` owns this home folder
+    ├── HomeInUse                        another `fastserve up` owns this home folder
+    ├── NameConflict                     an object of the wanted name is there and not ours
+    └── StateChanged                     somebody else wrote an object first; the next look decides again
 
 Messages end with what to do, in the manifest's own words. `reason` is the machine-readable word
 that also stands in `status.conditions[].reason`.
@@ -143,6 +146,10 @@ class GateInconclusive(GateRefused):
     """The measurement cannot decide; more rows or rounds are needed."""
 
 
+class RolledBack(GateRefused):
+    """Under traffic the candidate was worse than the revision that it was to replace."""
+
+
 class ClusterFailed(FastServeError):
     """Something that ran broke."""
 
@@ -183,3 +190,11 @@ class PortInUse(ClusterFailed):
 
 class HomeInUse(ClusterFailed):
     """Another `fastserve up` owns this home folder."""
+
+
+class NameConflict(ClusterFailed):
+    """A Kubernetes object of the wanted name exists and was not made by FastServe; it is left alone."""
+
+
+class StateChanged(ClusterFailed):
+    """A Kubernetes object changed or vanished between the look and the write; the next look decides again."""

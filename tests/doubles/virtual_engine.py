@@ -10,6 +10,7 @@ import logging
 import zlib
 from collections import deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ class Asked:
     prompt: Sequence[int]
     tokens: int
     priority: int = 0
+    grammar_after: float | None = None
+    """For structured output: seconds until its grammar is compiled."""
+
+    adapter: int = 0
+    """Number of a LoRA adapter."""
 
 
 @dataclass
@@ -69,8 +75,10 @@ def make_scheduler(
     options: dict[str, Any] | None = None,
     caching: bool = True,
     pipelined: bool = False,
+    adapters: int = 0,
 ) -> Any:
-    """A scheduler of the pinned vLLM. kind: fcfs, priority or mlfq. model: a folder; only its configuration is read."""
+    """A scheduler of the pinned vLLM. kind: fcfs, priority or mlfq. model: a folder; only its configuration is read.
+    adapters: LoRA adapters that a batch may have."""
     import torch
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -91,6 +99,7 @@ def make_scheduler(
         block_size=block_size,
         hf_overrides={"max_position_embeddings": 4096},
         additional_config={OPTIONS: options or {}},
+        **({"enable_lora": True, "max_loras": adapters} if adapters else {}),
     ).create_engine_config()
     config.cache_config.num_gpu_blocks = blocks
     config.scheduler_config.async_scheduling = pipelined
@@ -104,6 +113,16 @@ def make_scheduler(
         block_size=block_size,
         log_stats=False,
     )
+
+
+class AnyText:
+    """A grammar that takes all that the "model" says, as far as the scheduler asks one."""
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        return True
+
+    def is_terminated(self) -> bool:
+        return False
 
 
 class VirtualEngine:
@@ -122,6 +141,7 @@ class VirtualEngine:
         self._hasher = get_request_block_hasher(scheduler.block_size, sha256)
         self._depth = depth
         self._queue: deque[tuple[Any, dict[str, list[int]]]] = deque()
+        self._compiling: list[tuple[float, Future[Any]]] = []
         if hasattr(scheduler, "clock"):
             scheduler.clock = lambda: self.now
 
@@ -138,21 +158,29 @@ class VirtualEngine:
         return self.scheduler.requests.get(name)
 
     def submit(self, asked: Asked) -> None:
-        from vllm.sampling_params import SamplingParams
+        from vllm.lora.request import LoRARequest
+        from vllm.sampling_params import SamplingParams, StructuredOutputsParams
         from vllm.v1.request import Request
 
         self.answers[asked.name] = Answer(asked)
-        self.scheduler.add_request(
-            Request(
-                request_id=asked.name,
-                prompt_token_ids=list(asked.prompt),
-                sampling_params=SamplingParams(max_tokens=asked.tokens, ignore_eos=True, temperature=0),
-                pooling_params=None,
-                arrival_time=asked.arrives,
-                priority=asked.priority,
-                block_hasher=self._hasher,
-            )
+        wanted = None if asked.grammar_after is None else StructuredOutputsParams(regex=".*")
+        request = Request(
+            request_id=asked.name,
+            prompt_token_ids=list(asked.prompt),
+            sampling_params=SamplingParams(
+                max_tokens=asked.tokens, ignore_eos=True, temperature=0, structured_outputs=wanted
+            ),
+            pooling_params=None,
+            arrival_time=asked.arrives,
+            priority=asked.priority,
+            block_hasher=self._hasher,
+            lora_request=LoRARequest(f"a{asked.adapter}", asked.adapter, "nowhere") if asked.adapter else None,
         )
+        if asked.grammar_after is not None:
+            grammar: Future[Any] = Future()
+            request.structured_output_request.grammar = grammar
+            self._compiling.append((self.now + asked.grammar_after, grammar))
+        self.scheduler.add_request(request)
 
     def abort(self, name: str) -> None:
         """The client has gone."""
@@ -164,6 +192,9 @@ class VirtualEngine:
 
     def step(self) -> None:
         """Schedule once; then, unless steps overlap and there is room for another, take in the oldest output."""
+        for at, grammar in self._compiling:
+            if at <= self.now and not grammar.done():
+                grammar.set_result(AnyText())
         if self.scheduler.has_requests():
             out = self.scheduler.schedule()
             sampled = {}

@@ -4,7 +4,8 @@ An attempt is claimed by creating its request.json, writes only under its own nu
 creating record.json, last and once. Whatever dies half-way leaves files that no record names; nobody reads them.
 
     artifacts/<stage>/<key>/record.json
-    artifacts/<stage>/<key>/attempts/<n>/{request,progress,failure,seal}.json, curve.jsonl of a train stage
+    artifacts/<stage>/<key>/attempts/<n>/{request,progress,failure,seal}.json
+    artifacts/<stage>/<key>/attempts/<n>/{wish.json,curve.jsonl} of a train stage
     artifacts/<stage>/<key>/attempts/<n>/files/...
 
 `seal.json` settles the one race that record.json cannot: a commit that pauses before its last step, and a discard that
@@ -157,6 +158,17 @@ def write_progress(store: Store, request: StageRequest, progress: Mapping[str, A
 def read_progress(store: Store, stage: Stage, key: str, attempt: int) -> dict[str, Any] | None:
     """What the attempt last reported; None when it has not."""
     return _read_json(store, attempt_folder(stage, key, attempt) + "progress.json")
+
+
+def write_wish(store: Store, stage: Stage, key: str, attempt: int, wish: Mapping[str, Any]) -> None:
+    """Replace the attempt's wish.json: what those who tend the cluster ask of a running attempt."""
+    name = attempt_folder(stage, key, attempt) + "wish.json"
+    store.write(name, dump(wish, name))
+
+
+def read_wish(store: Store, stage: Stage, key: str, attempt: int) -> dict[str, Any] | None:
+    """What the attempt is asked for; None when nobody has asked."""
+    return _read_json(store, attempt_folder(stage, key, attempt) + "wish.json")
 
 
 def write_curve(store: Store, request: StageRequest, rows: bytes) -> None:

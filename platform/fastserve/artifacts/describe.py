@@ -16,10 +16,14 @@ from fastserve.artifacts.safetensors_header import Header
 from fastserve.artifacts.tokenizer import TokenizerFiles, from_folder, from_gguf, stop_set
 from fastserve.errors import SourceInvalid
 from fastserve.plan.facts import ModelFacts
+from fastserve.plan.memory import linear_layers
+from fastserve.plan.tasks import is_encoder, is_speech
+from fastserve.plan.tools import reasoning_parser, tool_parser
 from fastserve.spec.train import Scratch
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_SENTENCES = "sentence_bert_config.json"
 _IMPORTED_BYTES = 2
 """A .gguf file is dequantised to bf16 on import."""
 
@@ -147,28 +151,51 @@ def _of_folder(
             f"{folder.name}: config.json names no architecture ('architectures'); use a model saved by transformers"
         )
     hidden = _whole(shape, ("hidden_size", "n_embd", "d_model"), folder.name)
-    heads = _whole(shape, ("num_attention_heads", "n_head", "encoder_attention_heads"), folder.name)
+    hears = is_speech(architectures[0])
+    # Of a model that hears, the part that writes is what keeps a cache.
+    head_names = ("decoder_attention_heads",) if hears else ("num_attention_heads", "n_head", "encoder_attention_heads")
+    layer_names = ("decoder_layers",) if hears else ("num_hidden_layers", "n_layer", "encoder_layers")
+    heads = _whole(shape, head_names, folder.name)
     stops = stop_set(tokenizer, turn_end)
     return ModelFacts(
         architecture=architectures[0],
         parameters=parameters,
         weight_bytes=weight_bytes,
-        layers=_whole(shape, ("num_hidden_layers", "n_layer", "encoder_layers"), folder.name),
+        layers=_whole(shape, layer_names, folder.name),
         hidden=hidden,
         intermediate=_whole(shape, ("intermediate_size", "n_inner", "encoder_ffn_dim"), folder.name, 4 * hidden),
         heads=heads,
         kv_heads=_whole(shape, ("num_key_value_heads",), folder.name, heads),
         head_dim=_whole(shape, ("head_dim",), folder.name, hidden // max(heads, 1)),
         vocab=_whole(shape, ("vocab_size",), folder.name),
-        max_context=_whole(
-            shape, ("max_position_embeddings", "n_positions", "max_source_positions"), folder.name, 2048
-        ),
+        max_context=_longest(folder, architectures[0], shape),
         tied_embeddings=_tied(shape, headers),
         dtype=_main_dtype(headers),
-        layer_names=_layer_names(headers),
+        layer_names=tuple(sorted({name for name, _ in _matrices(headers)})),
+        layer_shapes=_layer_shapes(headers),
         stop_tokens=stops.ids,
-        warnings=stops.warnings if architectures[0].endswith(_GENERATING) else (),
+        heard_positions=_whole(shape, ("max_source_positions",), folder.name) if hears else 0,
+        tool_parser=tool_parser(architectures[0], tokenizer.chat_template),
+        reasoning_parser=reasoning_parser(architectures[0], tokenizer.chat_template),
+        warnings=stops.warnings if architectures[0].endswith(_GENERATING) and not hears else (),
     )
+
+
+def _longest(folder: Path, architecture: str, shape: Mapping[str, Any]) -> int:
+    """Longest sequence in tokens, as the engine will count it."""
+    names = ("max_target_positions",) if is_speech(architecture) else ("max_position_embeddings", "n_positions")
+    longest = _whole(shape, names, folder.name, 2048)
+    if "Roberta" in architecture:  # its positions begin behind that of the padding token
+        longest -= _whole(shape, ("pad_token_id",), folder.name, 1) + 1
+    if is_encoder(architecture) and (folder / _SENTENCES).is_file():
+        # What the vectors were trained with; beyond it they mean less.
+        longest = min(
+            longest,
+            _whole(
+                read_object(folder / _SENTENCES, _SENTENCES, folder.name), ("max_seq_length",), folder.name, longest
+            ),
+        )
+    return longest
 
 
 def _of_gguf(header: GgufHeader, tokenizer: TokenizerFiles, turn_end: int | None, name: str) -> ModelFacts:
@@ -187,7 +214,7 @@ def _of_gguf(header: GgufHeader, tokenizer: TokenizerFiles, turn_end: int | None
     hidden = header.whole(f"{kind}.embedding_length")
     heads = header.whole(f"{kind}.attention.head_count")
     stops = stop_set(tokenizer, turn_end)
-    return ModelFacts(
+    facts = ModelFacts(
         architecture=GGUF_ARCHITECTURES[kind],
         parameters=parameters,
         weight_bytes=parameters * _IMPORTED_BYTES,
@@ -202,14 +229,20 @@ def _of_gguf(header: GgufHeader, tokenizer: TokenizerFiles, turn_end: int | None
         tied_embeddings="output.weight" not in header.tensors,
         dtype="bfloat16",
         layer_names=USUAL_LAYERS if kind in _USUALLY_NAMED else (),
+        tool_parser=tool_parser(GGUF_ARCHITECTURES[kind], tokenizer.chat_template),
+        reasoning_parser=reasoning_parser(GGUF_ARCHITECTURES[kind], tokenizer.chat_template),
         stop_tokens=stops.ids,
         warnings=stops.warnings,
     )
+    if kind not in _USUALLY_NAMED:
+        return facts
+    shapes = sorted(linear_layers(facts).items())
+    return replace(facts, layer_shapes=tuple((name, inputs, outputs) for name, (inputs, outputs) in shapes))
 
 
 def _reshaped(facts: ModelFacts, scratch: Scratch, vocabulary: int | None) -> ModelFacts:
     """Facts of a .gguf file with those values of `scratch.config` that change them; its config.json is made later."""
-    changed: dict[str, Any] = {
+    changed: dict[str, Any] = {"layer_shapes": ()} | {
         field: value
         for key, value in scratch.config.items()
         for field in (_FIELDS.get(key),)
@@ -249,15 +282,25 @@ def _whole(config: Mapping[str, Any], names: tuple[str, ...], source: str, defau
     return default
 
 
-def _layer_names(headers: Mapping[str, Header]) -> tuple[str, ...]:
-    """Last parts of the names of the matrices in numbered blocks: `model.layers.0.mlp.up_proj.weight` is `up_proj`."""
-    found = set()
+def _matrices(headers: Mapping[str, Header]) -> list[tuple[str, tuple[int, int]]]:
+    """Last part of the name, inputs and outputs of each matrix in a numbered block.
+
+    `model.layers.0.mlp.up_proj.weight` is `up_proj`.
+    """
+    found: list[tuple[str, tuple[int, int]]] = []
     for header in headers.values():
         for name, info in header.tensors.items():
             *place, layer, kind = ("", *name.split("."))
             if kind == "weight" and len(info.shape) == 2 and any(part.isdigit() for part in place):
-                found.add(layer)
-    return tuple(sorted(found))
+                found.append((layer, (info.shape[1], info.shape[0])))
+    return found
+
+
+def _layer_shapes(headers: Mapping[str, Header]) -> tuple[tuple[str, int, int], ...]:
+    shapes: dict[str, set[tuple[int, int]]] = {}
+    for layer, shape in _matrices(headers):
+        shapes.setdefault(layer, set()).add(shape)
+    return tuple((layer, *found.pop()) for layer, found in sorted(shapes.items()) if len(found) == 1)
 
 
 def _tied(config: Mapping[str, Any], headers: Mapping[str, Header]) -> bool:

@@ -121,6 +121,9 @@ def sheet(plan: Sheet, console: Console | None = None) -> None:
             title=bytes_table.title,
             console=target,
         )
+    if plan.adapters:
+        named = ", ".join(f"{line.name} (rank {line.facts.rank})" for line in plan.adapters)
+        target.print(escape(f"adapters: {named}; the engine is started for ranks up to {plan.lora_rank}"))
     for warning in plan.warnings:
         target.print(f"[yellow]warning[/]: {escape(warning)}")
 

@@ -12,11 +12,12 @@ from fastserve.cli.manifests import read_manifests
 from fastserve.cluster.home import Home
 from fastserve.cluster.local import LocalCluster
 from fastserve.cluster.status import current_stage, curve_of, status_of
-from fastserve.cluster.survey import survey
+from fastserve.cluster.survey import machines_here, survey
 from fastserve.errors import ClusterFailed, UsageInvalid
 from fastserve.plan import keys
-from fastserve.plan.observed import Pin
+from fastserve.plan.observed import Observed, Pin
 from fastserve.plan.pipeline import wanted_revision
+from fastserve.plan.steps import routed
 from fastserve.spec import load
 from fastserve.spec.model import AccessKey, HardwareProfile, Model
 from fastserve.spec.schema import schema as manifest_schema
@@ -39,9 +40,9 @@ def plan(file: Path, home: Home, as_json: bool) -> None:
     manifests = read_manifests(file)
     profiles = [item for item in manifests if isinstance(item, HardwareProfile)]
     access_keys = [item for item in manifests if isinstance(item, AccessKey)]
-    sheets = [
-        survey(home, home.store_uri, item, profiles, access_keys).sheet for item in manifests if isinstance(item, Model)
-    ]
+    here = machines_here(home)
+    models = [item for item in manifests if isinstance(item, Model)]
+    sheets = [survey(home, home.store_uri, item, profiles, access_keys, here).sheet for item in models]
     if as_json:
         found = [sheet.to_json() for sheet in sheets]
         render.as_json(found[0] if len(found) == 1 else found)
@@ -75,13 +76,21 @@ def why(home: Home, name: str, as_json: bool) -> None:
     """Why a model is as it is: the moves that are due, each with its reason."""
     found = _status(home, name)
     if as_json:
-        render.as_json({"name": name, "why": found["why"], "conditions": found["conditions"], "gate": found["gate"]})
+        told = ("why", "conditions", "gate", "rollout", "pin")
+        render.as_json({"name": name, **{key: found[key] for key in told}})
         return
     for because in found["why"]:
         render.answer(because)
+    if found["rollout"] is not None:
+        render.answer(found["rollout"]["message"])
+    for live in found["revisions"]:
+        for sentence in _places(live):
+            render.answer(f"revision {live['digest'][:8]}{sentence}")
     for limit in (found["gate"] or {}).get("limits", []):
         render.answer(f"gate: {limit['sentence']}")
     for stage, state in found["stages"].items():
+        if stage == "train" and (size := training.size_of(training.metrics_of(state))):
+            render.answer(f"train: {size}")
         if state.get("message"):
             render.answer(f"{stage}: attempt {state['attempt']} {state['state']}: {state['message']}")
 
@@ -104,14 +113,16 @@ def rollback(home: Home, name: str, revision: str | None, as_json: bool) -> None
         raise UsageInvalid(f"{name} is not up, nor is anything in {home.path}; run `fastserve up FILE --detach` first")
     beat = cluster.look(name)
     wanted = wanted_revision(beat.model, beat.observed, keys.stage_keys(beat.model, beat.observed.digests))
-    target = _target(home, name, revision, beat.observed.weights)
     if wanted is None:
         raise UsageInvalid(f"{name} has no revision yet; `fastserve status {name}` shows its stages")
-    home.set_pin(name, None if target == wanted.digest else Pin(target, wanted.digest))
+    target = _target(home, name, revision, beat.observed, wanted.digest)
+    # By name, also the wanted one goes in at once: whoever names it has seen how it does.
+    stepped = beat.model.spec.serve is not None and beat.model.spec.serve.rollout is not None
+    home.set_pin(name, None if target == wanted.digest and not stepped else Pin(target, wanted.digest))
     if not as_json:
         render.say(f"rolling {name} back to revision {target[:8]}; it stays until the manifest changes")
     deadline = time.monotonic() + ROLLBACK_SECONDS
-    while home.weights(name).get(target) != 100:
+    while home.weights(name) != {target: 100}:
         if time.monotonic() > deadline:
             raise ClusterFailed(f"revision {target[:8]} did not come up; `fastserve why {name}` says why")
         time.sleep(0.2)
@@ -126,7 +137,8 @@ def schema() -> None:
     render.as_json(manifest_schema())
 
 
-def _target(home: Home, name: str, revision: str | None, weights: Mapping[str, int]) -> str:
+def _target(home: Home, name: str, revision: str | None, observed: Observed, wanted: str) -> str:
+    """The revision that is asked for; without a word the one that a rollout is to replace, else the one before."""
     known = list(home.revisions(name))
     if revision is not None:
         found = [digest for digest in known if digest.startswith(revision)]
@@ -134,8 +146,10 @@ def _target(home: Home, name: str, revision: str | None, weights: Mapping[str, i
             shown = ", ".join(digest[:8] for digest in known) or "none"
             raise UsageInvalid(f"'{revision}' is not one revision of {name}; the revisions are, oldest first: {shown}")
         return found[0]
-    current = max(weights, key=lambda digest: weights[digest], default=None)
-    before = known[: known.index(current)] if current in known else []
+    serving = routed(observed)
+    if len(serving) > 1:
+        return next(digest for digest in serving if digest != wanted)
+    before = known[: known.index(serving[0])] if serving and serving[0] in known else []
     if not before:
         raise UsageInvalid(f"{name} has no revision before the one that serves; `fastserve status {name}` lists them")
     return before[-1]
@@ -144,9 +158,9 @@ def _target(home: Home, name: str, revision: str | None, weights: Mapping[str, i
 def _status(home: Home, name: str) -> dict[str, Any]:
     cluster = LocalCluster(home)
     beat = cluster.look_back(name) or cluster.look(name)
-    return status_of(beat.model, beat.observed, beat.moves, cluster.store, cluster.gateway.url) | {
-        "stage": current_stage(beat.moves)
-    }
+    scaling = cluster.scaling(name)
+    found = status_of(beat.model, beat.observed, beat.moves, cluster.store, cluster.gateway.url, scaling)
+    return found | {"stage": current_stage(beat.moves)}
 
 
 def _lines(found: list[dict[str, Any]]) -> None:
@@ -182,8 +196,23 @@ def _details(item: Mapping[str, Any]) -> None:
     for live in item["revisions"]:
         share = f"{live['weight']}% of traffic, {live['replicas']} replicas"
         render.answer(f"revision {live['digest'][:8]}: {live['state']}, {share} {live['message']}".rstrip())
+        for sentence in _places(live):
+            render.answer(sentence)
+    if item["rollout"] is not None:
+        render.answer(item["rollout"]["message"])
     for because in item["why"]:
         render.answer(because)
+
+
+def _places(live: Mapping[str, Any]) -> list[str]:
+    """Each place of a revision, and the last decision on how many replicas it has."""
+    found = []
+    for place in live["places"]:
+        head = f"  {place['profile']}: {place['state']}, {place['replicas']} of {place['wanted']} replicas"
+        bounds = f", {place['min']} to {place['max']} allowed" if "min" in place else ""
+        why = place.get("decided") or place.get("because") or ""
+        found.append(f"{head}{bounds}{': ' if why else ''}{why}")
+    return found
 
 
 def _training(metrics: Mapping[str, Any]) -> None:

@@ -75,6 +75,7 @@ def worker_rows(metrics: Metrics) -> list[list[str]]:
 def sentences(metrics: Metrics) -> list[str]:
     """What else is known of the run, a line each."""
     found = [
+        size_of(metrics),
         _loss(metrics),
         _proof(_mapping(metrics.get("proof"))),
         _step_time(_mapping(metrics.get("plan"))),
@@ -83,6 +84,11 @@ def sentences(metrics: Metrics) -> list[str]:
         _rows(_mapping(metrics.get("rows"))),
     ]
     return [sentence for sentence in found if sentence]
+
+
+def size_of(metrics: Metrics) -> str:
+    """Why the run has fewer workers than its manifest lists; empty when it has them all."""
+    return str(metrics.get("size") or "")
 
 
 def _loss(metrics: Metrics) -> str:

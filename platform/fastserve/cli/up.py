@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 
 from fastserve import errors
-from fastserve.artifacts import attempts
 from fastserve.artifacts.stores import open_store
 from fastserve.cli import render
 from fastserve.cli.chat import stream
@@ -24,12 +23,13 @@ from fastserve.cluster.gateway_process import GatewayProcess
 from fastserve.cluster.home import Home
 from fastserve.cluster.local import Beat, LocalCluster
 from fastserve.cluster.status import status_of
-from fastserve.cluster.survey import Survey, survey
+from fastserve.cluster.survey import Survey, machines_here, survey, tries_so_far
 from fastserve.errors import ClusterFailed, FastServeError, UsageInvalid
 from fastserve.plan import gate as gates
 from fastserve.plan import keys
 from fastserve.plan.moves import Done, Refuse
 from fastserve.plan.stages import Stage
+from fastserve.plan.steps import ROLLED_BACK
 from fastserve.spec.model import AccessKey, HardwareProfile, Model
 
 WORK_SECONDS = 0.5
@@ -39,6 +39,17 @@ SERVE_SECONDS = 2.0
 """Between two looks while all is well."""
 
 HELLO = "What is the capital of France?"
+_JSON = "-H 'Content-Type: application/json' -d"
+EXAMPLES = {
+    "generate": (
+        "chat/completions",
+        f"""{_JSON} '{{"model": "NAME", "messages": [{{"role": "user", "content": "{HELLO}"}}]}}'""",
+    ),
+    "embed": ("embeddings", f"""{_JSON} '{{"model": "NAME", "input": ["cat", "kitten"]}}'"""),
+    "score": ("rerank", f"""{_JSON} '{{"model": "NAME", "query": "young cat", "documents": ["kitten", "train"]}}'"""),
+    "transcribe": ("audio/transcriptions", "-F model=NAME -F file=@speech.wav"),
+}
+"""Path and arguments of curl by serve.task; NAME is the model's."""
 
 
 def up(file: Path, home: Home, *, detach: bool, port: int | None, store: str | None, as_json: bool) -> None:
@@ -52,7 +63,8 @@ def up(file: Path, home: Home, *, detach: bool, port: int | None, store: str | N
     store_uri = store or home.store_uri
     open_store(store_uri).names("artifacts/")  # a wrong store is refused before anything else happens
     GatewayProcess(home).choose_port(port)  # and so is a port that is taken
-    surveys = [survey(home, store_uri, model, profiles, access_keys) for model in models]
+    here = machines_here(home)
+    surveys = [survey(home, store_uri, model, profiles, access_keys, here) for model in models]
     if not as_json:
         for found in surveys:
             render.sheet(found.sheet, console=render.err)
@@ -61,7 +73,7 @@ def up(file: Path, home: Home, *, detach: bool, port: int | None, store: str | N
     with home.tended(detached=False):
         if store is not None:
             home.set_store(store)
-        _apply(home, surveys, access_keys)
+        _apply(home, surveys, access_keys, profiles)
         run = Run(home, [model.name for model in models], port, detach, as_json)
         goes_on = run.to_the_end()
     if goes_on:
@@ -70,7 +82,9 @@ def up(file: Path, home: Home, *, detach: bool, port: int | None, store: str | N
         raise run.refusal
 
 
-def _apply(home: Home, surveys: Sequence[Survey], access_keys: Sequence[AccessKey]) -> None:
+def _apply(
+    home: Home, surveys: Sequence[Survey], access_keys: Sequence[AccessKey], profiles: Sequence[HardwareProfile]
+) -> None:
     """Write what is wanted into the home."""
     for wanted in access_keys:
         made = apply_access_key(home, wanted)
@@ -78,11 +92,11 @@ def _apply(home: Home, surveys: Sequence[Survey], access_keys: Sequence[AccessKe
             render.say(f"key {wanted.metadata.name}: {made} (shown once)")
     store = open_store(home.store_uri)
     for found in surveys:
-        forgiven = {
-            key: attempts.newest_attempt(store, stage, key)
-            for stage, key in keys.stage_keys(found.model, found.digests).items()
-        }
-        home.want(found.model, found.digests, forgiven)
+        home.set_profiles(found.model.name, {profile.metadata.name: profile.spec for profile in profiles})
+        pin = home.pin(found.model.name)
+        if pin is not None and pin.reason == ROLLED_BACK:
+            home.set_pin(found.model.name, None)  # asking again is trying again
+        home.want(found.model, found.digests, tries_so_far(store, found))
 
 
 class Run:
@@ -166,7 +180,7 @@ class Run:
         return True
 
     def _show_endpoints(self, beats: Sequence[Beat]) -> None:
-        """URL, key, a curl line, and one real answer."""
+        """URL, key, a curl line, and of a model that chats one real answer."""
         url, key = self._cluster.gateway.url, local_key(self._home)
         for beat in beats:
             if beat.model.spec.serve is None:
@@ -174,9 +188,10 @@ class Run:
             name = beat.model.name
             render.say(f"\n{name} is ready", style="bold green")
             render.say(f"  URL   {url}\n  key   {key}")
-            body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "{HELLO}"}}]}}'
-            headers = f"-H 'Authorization: Bearer {key}' -H 'Content-Type: application/json'"
-            render.say(f"  curl {url}/chat/completions {headers} -d '{body}'")
+            path, rest = EXAMPLES[beat.model.spec.serve.task]
+            render.say(f"  curl {url}/{path} -H 'Authorization: Bearer {key}' {rest.replace('NAME', name)}")
+            if beat.model.spec.serve.task != "generate":
+                continue
             render.say(f"\n> {HELLO}")
             for piece in stream(
                 self._home, name, [{"role": "user", "content": HELLO}], {"max_tokens": 64, "temperature": 0}

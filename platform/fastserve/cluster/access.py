@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -25,7 +25,7 @@ def local_key(home: Home) -> str:
 def gateway_keys(home: Home) -> tuple[Key, ...]:
     """All keys as the gateway needs them."""
     own = Key(name=LOCAL, sha256=digest(local_key(home)), models=(ANY_MODEL,))
-    return (own, *(_key(entry) for entry in _entries(home)))
+    return (own, *(key_of(entry) for entry in _entries(home)))
 
 
 def create_key(home: Home, name: str, models: Sequence[str], expires: date | None = None) -> str:
@@ -90,6 +90,7 @@ def _entry(name: str, sha256: str, models: Sequence[str], expires: date | None) 
     }
 
 
-def _key(entry: dict[str, Any]) -> Key:
+def key_of(entry: Mapping[str, Any]) -> Key:
+    """A key as the gateway needs it, from what is kept of it: name, sha256, models, expires."""
     expires = date.fromisoformat(entry["expires"]) if entry["expires"] else None
     return Key(name=entry["name"], sha256=entry["sha256"], models=tuple(entry["models"]), expires=expires)

@@ -17,9 +17,13 @@ from fastserve.cluster.home import Home
 from fastserve.cluster.processes import clean_environment, free_port, port_is_free
 from fastserve.errors import ClusterFailed, PortInUse
 from fastserve.gateway import config as gateway_config
+from fastserve.gateway.keys import digest, new_key
 
 START_SECONDS = 20.0
 FIRST_PORT = 8100
+STATS_SECONDS = 2.0
+ADMIN_FILE = "gateway/admin.json"
+"""Port and token of the gateway's admin door; its owner alone may read it."""
 
 
 class GatewayProcess:
@@ -27,6 +31,7 @@ class GatewayProcess:
 
     def __init__(self, home: Home) -> None:
         self._home = home
+        self._started: subprocess.Popen[bytes] | None = None
         self.config_path = home.path / "gateway" / "config.json"
 
     @property
@@ -75,7 +80,15 @@ class GatewayProcess:
     def configure(self, models: Mapping[str, Any], keys: tuple[gateway_config.Key, ...], port: int) -> bool:
         """Write the configuration when it differs from what is there; the process reads it by itself. True when
         written."""
-        wanted = gateway_config.Config(host="127.0.0.1", port=port, models=dict(models), keys=keys)
+        admin_port, token = self._admin(port)
+        wanted = gateway_config.Config(
+            host="127.0.0.1",
+            port=port,
+            models=dict(models),
+            keys=keys,
+            admin_port=admin_port,
+            admin_sha256=digest(token),
+        )
         if self.config_path.exists() and gateway_config.read(self.config_path) == wanted:
             return False
         gateway_config.write(self.config_path, wanted)
@@ -100,6 +113,7 @@ class GatewayProcess:
                 start_new_session=True,
                 cwd=self._home.path,
             )
+        self._started = process
         self._home.write_json(
             "gateway/process.json",
             {"pid": process.pid, "created": psutil.Process(process.pid).create_time(), "port": port},
@@ -115,6 +129,35 @@ class GatewayProcess:
                 time.sleep(0.05)
         raise ClusterFailed(f"the gateway did not answer within {START_SECONDS:.0f}s; see {log_path}")
 
+    def stats(self, since: float) -> dict[str, Any] | None:
+        """What the gateway has counted since the Unix second `since`, as its `/stats` says it; None while it does not
+        answer."""
+        found = self._home.read_json(ADMIN_FILE)
+        if found is None:
+            return None
+        try:
+            answer = httpx.get(
+                f"http://127.0.0.1:{found['port']}/stats",
+                params={"since": repr(since)},
+                headers={"Authorization": f"Bearer {found['token']}"},
+                timeout=STATS_SECONDS,
+            )
+            if answer.status_code != 200:
+                return None
+            return dict(answer.json())
+        except (httpx.HTTPError, ValueError):
+            return None
+
+    def _admin(self, port: int) -> tuple[int, str]:
+        """Port and token of the admin door: those it had, unless another program has taken the port meanwhile."""
+        found = self._home.read_json(ADMIN_FILE)
+        if found is not None and found["port"] != port and (self.alive() or port_is_free(found["port"])):
+            return int(found["port"]), str(found["token"])
+        token = new_key() if found is None else str(found["token"])
+        admin_port = free_port(FIRST_PORT + 1, avoid=(port,))
+        self._home.write_json(ADMIN_FILE, {"port": admin_port, "token": token})
+        return admin_port, token
+
     def stop(self) -> None:
         """End the process, if it runs; streams get a moment to finish."""
         if not self.alive():
@@ -128,6 +171,9 @@ class GatewayProcess:
             process.wait(10)
         except psutil.NoSuchProcess:
             return
+        finally:
+            if self._started is not None:
+                self._started.poll()
 
 
 def _tail(path: Path, size_bytes: int = 400) -> str:

@@ -4,8 +4,9 @@
     models/<name>/model.json    what is wanted: the manifest as it was applied
     models/<name>/ended.json    what was wanted last, of a model that is up no longer
     models/<name>/resolved.json digests of the outside sources, found out once for each `up`
+    models/<name>/profiles.json the HardwareProfiles that stood beside it
     models/<name>/forgiven.json failed attempts that do not count, since the user asked again
-    models/<name>/weights.json  percent of traffic by revision
+    models/<name>/weights.json  percent of traffic by revision, since when, why, and which one had all of it last
     models/<name>/pin.json      a rollback, while it holds
     models/<name>/revisions/    what each revision serves, by digest
     serving/<app>.json          the revisions that the serving cluster must have
@@ -28,12 +29,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fastserve.errors import HomeInUse, StoreFailed, StoreFull, UsageInvalid
 from fastserve.plan.observed import Pin
 from fastserve.plan.revision import Revision
+from fastserve.spec.hardware import HardwareProfileSpec
 from fastserve.spec.load import dump
 from fastserve.spec.model import Model
 
@@ -94,6 +97,10 @@ class Home:
         """Take a file of the home away, if it is there."""
         (self.path / name).unlink(missing_ok=True)
 
+    def listed(self, pattern: str) -> list[str]:
+        """Names of the home's files that fit a pattern, such as `models/*/model.json`, sorted."""
+        return sorted(str(path.relative_to(self.path)) for path in self.path.glob(pattern))
+
     # -- settings ------------------------------------------------------------------------------------------------
 
     @property
@@ -110,11 +117,11 @@ class Home:
 
     def model_names(self) -> list[str]:
         """Models that are wanted now."""
-        return sorted(path.parent.name for path in self.path.glob("models/*/model.json"))
+        return [name.split("/")[1] for name in self.listed("models/*/model.json")]
 
     def known_models(self) -> list[str]:
         """Models that were ever wanted here."""
-        return sorted(path.name for path in self.path.glob("models/*"))
+        return sorted({name.split("/")[1] for name in self.listed("models/*/*")})
 
     def model(self, name: str) -> Model | None:
         """What is wanted of a model; None when nothing is."""
@@ -147,18 +154,52 @@ class Home:
         """Note the digest of one outside source."""
         self.write_json(f"models/{name}/resolved.json", {**self.resolved(name), ident: digest})
 
+    def profiles(self, name: str) -> dict[str, HardwareProfileSpec]:
+        """The HardwareProfiles that were described when the model was applied, by name."""
+        found = self.read_json(f"models/{name}/profiles.json") or {}
+        return {profile: HardwareProfileSpec.model_validate(spec) for profile, spec in found.items()}
+
+    def set_profiles(self, name: str, profiles: Mapping[str, HardwareProfileSpec]) -> None:
+        """Keep what the machines of each profile have and cost."""
+        plain = {profile: spec.model_dump(mode="json", by_alias=True) for profile, spec in profiles.items()}
+        self.write_json(f"models/{name}/profiles.json", plain)
+
     def forgiven(self, name: str) -> dict[str, int]:
         """By key, the newest attempt that does not count as a try."""
         return dict(self.read_json(f"models/{name}/forgiven.json") or {})
 
     def weights(self, name: str) -> dict[str, int]:
         """Percent of traffic by revision digest."""
-        found = self.read_json(f"models/{name}/weights.json") or {}
-        return {digest: int(weight) for digest, weight in found.items()}
+        return {digest: int(weight) for digest, weight in self._routes(name).get("weights", {}).items()}
 
-    def set_weights(self, name: str, weights: Mapping[str, int]) -> None:
-        """Route the model's traffic so from now on."""
-        self.write_json(f"models/{name}/weights.json", dict(weights))
+    def set_weights(self, name: str, weights: Mapping[str, int], because: str = "") -> None:
+        """Route the model's traffic so from now on. Weights that are in force already keep their time, unless it lies
+        in the future: then the clock was set back."""
+        before, now = self._routes(name), time.time()
+        at = before.get("at")
+        if before.get("weights") == dict(weights) and at is not None and at <= now:
+            return
+        whole = next((digest for digest, weight in weights.items() if weight == 100), None)
+        proven = (whole or before.get("proven")) if weights else None
+        value = {"weights": dict(weights), "at": now, "because": because, "proven": proven}
+        self.write_json(f"models/{name}/weights.json", value)
+
+    def shifted_at(self, name: str) -> float | None:
+        """Unix seconds at which the weights became what they are; None when that is not known."""
+        at = self._routes(name).get("at")
+        return None if at is None else float(at)
+
+    def proven(self, name: str) -> str | None:
+        """Digest of the last revision that had all the traffic; None when none ever had."""
+        found = self._routes(name).get("proven")
+        return None if found is None else str(found)
+
+    def _routes(self, name: str) -> dict[str, Any]:
+        value = self.read_json(f"models/{name}/weights.json") or {}
+        if "weights" in value:
+            return dict(value)
+        whole = next((digest for digest, weight in value.items() if weight == 100), None)
+        return {"weights": value, "proven": whole}  # as versions before rollouts wrote it
 
     def created(self, name: str) -> int:
         """Unix seconds at which the model was first wanted."""
@@ -178,21 +219,18 @@ class Home:
         if pin is None:
             self.remove(f"models/{name}/pin.json")
         else:
-            self.write_json(f"models/{name}/pin.json", {"revision": pin.revision, "instead_of": pin.instead_of})
+            self.write_json(f"models/{name}/pin.json", asdict(pin))
 
     def revisions(self, name: str) -> dict[str, dict[str, Any]]:
         """What each known revision of a model serves, oldest first: `{digest: {made_at, ...Revision}}`."""
-        found = [
-            self.read_json(str(path.relative_to(self.path)))
-            for path in self.path.glob(f"models/{name}/revisions/*.json")
-        ]
+        found = [self.read_json(file) for file in self.listed(f"models/{name}/revisions/*.json")]
         ordered = sorted((value for value in found if value), key=lambda value: value["made_at"])
         return {value["digest"]: value for value in ordered}
 
     def keep_revision(self, revision: Revision, made_at: float) -> None:
         """Remember what a revision serves, so that a rollback finds it. Keeping it twice changes nothing."""
         name = f"models/{revision.model}/revisions/{revision.digest}.json"
-        if not (self.path / name).exists():
+        if self.read_json(name) is None:
             self.write_json(name, {"digest": revision.digest, "made_at": made_at, **revision.to_json()})
 
     # -- what the serving cluster must have ------------------------------------------------------------------------
@@ -200,15 +238,26 @@ class Home:
     def serving(self) -> dict[str, Revision]:
         """Revisions that must be up, by application name."""
         found: dict[str, Revision] = {}
-        for path in sorted(self.path.glob("serving/*.json")):
-            value = self.read_json(str(path.relative_to(self.path)))
+        for name in self.listed("serving/*.json"):
+            value = self.read_json(name)
             if value is not None:
-                found[path.stem] = Revision.from_json(value)
+                found[name.removeprefix("serving/").removesuffix(".json")] = Revision.from_json(value)
         return found
 
     def start_serving(self, app: str, revision: Revision) -> None:
-        """From now on this revision must be up."""
-        self.write_json(f"serving/{app}.json", revision.to_json())
+        """From now on this revision must be up. Asking twice changes nothing."""
+        name = f"serving/{app}.json"
+        if self.read_json(name) is None:
+            self.write_json(name, {"since": time.time(), **revision.to_json()})
+
+    def serving_since(self) -> dict[str, float]:
+        """Unix seconds at which each revision was asked to be up, by its name."""
+        found: dict[str, float] = {}
+        for name in self.listed("serving/*.json"):
+            value = self.read_json(name)
+            if value is not None and "since" in value:
+                found[name.removeprefix("serving/").removesuffix(".json")] = float(value["since"])
+        return found
 
     def stop_serving(self, app: str) -> None:
         """From now on this revision need not be up."""

@@ -7,9 +7,8 @@ again, so whoever beats next, after a crash or a restart, simply goes on.
 from __future__ import annotations
 
 import shlex
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,23 +16,39 @@ from fastserve.artifacts import attempts
 from fastserve.artifacts.store import Store
 from fastserve.artifacts.stores import open_store
 from fastserve.cluster.access import gateway_keys
+from fastserve.cluster.adapters import carriers
+from fastserve.cluster.direct import engine_urls
+from fastserve.cluster.fleet import Fleet, ground_of
 from fastserve.cluster.gateway_process import GatewayProcess
 from fastserve.cluster.home import Home
-from fastserve.cluster.machine import local_hardware
 from fastserve.cluster.observe import observe, submission_id
+from fastserve.cluster.parts import Gateway, Head
+from fastserve.cluster.placements import needs_of, targets_of
 from fastserve.cluster.processes import kill_home
 from fastserve.cluster.ray_head import RayHead
 from fastserve.cluster.ray_jobs import Job, Jobs, JobState
-from fastserve.cluster.ray_serve import AppStatus, ServeApi, app_for, app_name, route_prefix
-from fastserve.cluster.survey import resolve_source, revision_facts
+from fastserve.cluster.ray_serve import AppStatus, ServeApi, beginning, place_of, revision_name
+from fastserve.cluster.sharing import share_machines
+from fastserve.cluster.survey import resolve_source
 from fastserve.errors import UsageInvalid
 from fastserve.gateway import config as gateway_config
 from fastserve.plan import keys
-from fastserve.plan.facts import ModelFacts
-from fastserve.plan.moves import Move, Resolve, RunStage, Shift, StartRevision, StopAttempt, StopRevision, Unpin
+from fastserve.plan.adapters import adapter_keys
+from fastserve.plan.moves import (
+    Move,
+    Resolve,
+    RollBack,
+    RunStage,
+    Shift,
+    StartRevision,
+    StopAttempt,
+    StopRevision,
+    Unpin,
+)
 from fastserve.plan.observed import AttemptState, Observed
 from fastserve.plan.pipeline import next_moves
 from fastserve.plan.revision import Revision
+from fastserve.plan.stages import Stage
 from fastserve.spec.model import Model
 
 JOB_ENDED = (JobState.SUCCEEDED, JobState.FAILED, JobState.STOPPED)
@@ -51,17 +66,24 @@ class Beat:
 class LocalCluster:
     """All of one home's processes and files, behind `beat` and `stop`."""
 
-    def __init__(self, home: Home, port: int | None = None, say: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        home: Home,
+        port: int | None = None,
+        say: Callable[[str], None] = lambda _: None,
+        head: Head | None = None,
+        gateway: Gateway | None = None,
+    ) -> None:
         """port: the gateway's port when the user asked for one by number. say: takes one sentence for whoever
-        watches."""
+        watches. head, gateway: where Ray runs and what routes; by default processes of this home."""
         self.home = home
         self.store: Store = open_store(home.store_uri)
-        self.head = RayHead(home.path)
-        self.gateway = GatewayProcess(home)
+        self.head: Head = head or RayHead(home.path)
+        self.gateway: Gateway = gateway or GatewayProcess(home)
         self._port = port
         self._say = say
         self._last_put: Any = None
-        self._facts: dict[str, ModelFacts] = {}
+        self.fleet = Fleet(home, self.store, say)
 
     # -- one look ------------------------------------------------------------------------------------------------
 
@@ -74,6 +96,7 @@ class LocalCluster:
         for beat in beats:
             for move in beat.moves:
                 self.apply(beat.model, beat.observed, move)
+        self.share_with_training(beats)
         return beats
 
     def look(self, name: str, jobs: Mapping[str, Job] | None = None) -> Beat:
@@ -84,7 +107,8 @@ class LocalCluster:
             raise UsageInvalid(
                 f"no model named {name} is up in {self.home.path} (up: {known}); run `fastserve up FILE` first"
             )
-        observed = observe(self.home, self.store, model, self.jobs() if jobs is None else jobs, self.apps())
+        jobs = self.jobs() if jobs is None else jobs
+        observed = observe(self.home, self.store, model, jobs, self.apps(), stats=self._stats(name))
         return Beat(model, observed, tuple(next_moves(model, observed, time.time())))
 
     def look_back(self, name: str) -> Beat | None:
@@ -93,6 +117,11 @@ class LocalCluster:
         if model is None:
             return None
         return Beat(model, observe(self.home, self.store, model, self.jobs(), {}), ())
+
+    def _stats(self, name: str) -> Mapping[str, Any] | None:
+        """What the gateway has counted since the model's traffic was last shared out anew."""
+        shifted_at = self.home.shifted_at(name) if self.home.weights(name) else None
+        return None if shifted_at is None else self.gateway.stats(shifted_at)
 
     def jobs(self) -> Mapping[str, Job]:
         """The Ray head's jobs by submission id; empty when no head runs."""
@@ -106,10 +135,13 @@ class LocalCluster:
 
     def forget_failed(self) -> None:
         """Take away applications whose engine did not come up: asking again is trying again."""
-        for app, status in self.apps().items():
-            if status.state == "DEPLOY_FAILED":
-                self.home.stop_serving(app)
-        self._keep_serving()
+        apps = self.apps()
+        failed = {name for name, status in apps.items() if status.state == "DEPLOY_FAILED"}
+        for name, revision in self.home.serving().items():
+            those = {app for app in apps if place_of(app, revision.model, revision.digest) is not None}
+            if those and those <= failed:
+                self.home.stop_serving(name)
+        self._keep_serving(without=failed)
 
     # -- carrying out ------------------------------------------------------------------------------------------------
 
@@ -125,16 +157,19 @@ class LocalCluster:
             case StartRevision():
                 self._say(move.because)
                 self.home.keep_revision(move.revision, time.time())
-                self.home.start_serving(app_name(move.revision.model, move.revision.digest), move.revision)
+                self.home.start_serving(revision_name(move.revision.model, move.revision.digest), move.revision)
                 self._keep_serving()
             case Shift():
                 self._say(move.because)
-                self.home.set_weights(model.name, move.weights)
+                self.home.set_weights(model.name, move.weights, move.because)
                 self.keep_gateway()
             case StopRevision():
                 self._say(move.because)
-                self.home.stop_serving(app_name(model.name, move.digest))
+                self.home.stop_serving(revision_name(model.name, move.digest))
                 self._keep_serving()
+            case RollBack():
+                self._say(move.because)
+                self.home.set_pin(model.name, move.pin)
             case Unpin():
                 self._say(move.because)
                 self.home.set_pin(model.name, None)
@@ -149,7 +184,7 @@ class LocalCluster:
             attempts.discard(self.store, request.stage, request.key, request.attempt - 1)
         attempts.claim(self.store, request)
         entrypoint = [
-            sys.executable, "-m", "fastserve.stages.entry", "--store", self.home.store_uri,
+            endpoint.python, "-m", "fastserve.stages.entry", "--store", self.home.store_uri,
             "--stage", request.stage.value, "--key", request.key, "--attempt", str(request.attempt),
         ]  # fmt: skip
         Jobs(endpoint.dashboard_url, endpoint.token).submit(
@@ -167,9 +202,9 @@ class LocalCluster:
             if ours and job.state not in JOB_ENDED:
                 api.stop(name)
 
-    def _keep_serving(self) -> None:
+    def _keep_serving(self, without: Collection[str] = ()) -> None:
         """Make the serving cluster have exactly the wanted applications, with the light settings as the manifests say
-        now."""
+        now. without: names of applications that are left out this time."""
         wanted = self._wanted_revisions()
         endpoint = self.head.start() if wanted else self.head.load()
         if endpoint is None:
@@ -177,50 +212,93 @@ class LocalCluster:
         api = ServeApi(endpoint.dashboard_url, endpoint.token)
         have = api.get()
         if wanted or have:
-            apps = [self._app(revision) for revision in wanted.values()]
+            ground = ground_of(endpoint, api, have)
+            apps = [app for revision in wanted.values() for app in self.fleet.apps(revision, ground)]
+            apps = [app for app in apps if app["name"] not in without]
+            names = {app["name"] for app in apps}
             config = (endpoint.dashboard_url, apps)
-            if config != self._last_put or not set(wanted) <= set(have):
-                api.put(apps, endpoint.serve_port)
+            if config != self._last_put or not names <= set(have):
+                self.keep_gateway({name: have[name] for name in names if name in have})
+                put = [app if app["name"] in have else beginning(app) for app in apps]
+                api.put(put, endpoint.serve_port, endpoint.serve_host)
                 self._last_put = config
         if wanted:
-            self.keep_gateway()
+            self.keep_gateway({name: have[name] for name in names if name in have})
 
     def _wanted_revisions(self) -> dict[str, Revision]:
-        """Revisions that must be up, by application name; those of a model that nobody wants any more are let go."""
+        """Revisions that must be up, by name; those of a model that nobody wants any more are let go."""
         models = set(self.home.model_names())
         found = self.home.serving()
-        for app in [app for app, revision in found.items() if revision.model not in models]:
-            self.home.stop_serving(app)
-            del found[app]
+        for name in [name for name, revision in found.items() if revision.model not in models]:
+            self.home.stop_serving(name)
+            del found[name]
         return found
 
-    def _app(self, revision: Revision) -> dict[str, Any]:
-        model = self.home.model(revision.model)
-        serve = (model.spec.serve if model is not None else None) or revision.section()
-        if revision.digest not in self._facts:
-            self._facts[revision.digest] = revision_facts(self.store, revision)
-        return app_for(revision, serve, self.home.store_uri, self._facts[revision.digest], local_hardware())
+    def share_with_training(self, beats: Sequence[Beat]) -> None:
+        """Let training runs give way to replicas that find no machine, and take their machines back afterwards."""
+        models = {beat.model.name: beat.model for beat in beats}
+        revisions = list(self.home.serving().values())
+        apps = self.apps() if revisions else {}
+        needs = [
+            need
+            for model in models.values()
+            for need in needs_of(model, [item for item in revisions if item.model == model.name], apps)
+        ]
+        observed = {beat.model.name: beat.observed for beat in beats}
+        for sentence in share_machines(self.store, models, observed, needs, time.time()):
+            self._say(sentence)
 
-    def keep_gateway(self) -> None:
-        """Make the gateway route what is served and know the keys, and run while a model is to be served."""
+    def scaling(self, name: str) -> list[dict[str, Any]]:
+        """For the status: the places of a model's revisions, as `Fleet.scaling` tells them; empty when no head runs."""
         endpoint = self.head.load()
-        base = None if endpoint is None else f"http://127.0.0.1:{endpoint.serve_port}"
-        models = {}
+        return [] if endpoint is None else self.fleet.scaling(name, endpoint)
+
+    def keep_gateway(self, apps: Mapping[str, AppStatus] | None = None) -> None:
+        """Make the gateway route what is served and know the keys, and run while a model is to be served.
+
+        apps: the applications to route to, by name; those that Serve has when left out.
+        """
+        endpoint = self.head.load()
+        if apps is None:
+            apps = self.apps()
+        engines = {} if endpoint is None else engine_urls(endpoint.temp_dir)
+        models: dict[str, gateway_config.Served] = {}
         for name in self.home.model_names():
             model = self.home.model(name)
             if model is None or model.spec.serve is None:
                 continue
+            serve = model.spec.serve
             revisions = tuple(
-                gateway_config.Revision(digest, weight, () if base is None else (base + route_prefix(name, digest),))
+                gateway_config.Revision(
+                    digest,
+                    weight,
+                    ()
+                    if endpoint is None
+                    else targets_of(name, digest, serve.profiles, apps, endpoint.serve_url, engines),
+                )
                 for digest, weight in sorted(self.home.weights(name).items())
                 if weight > 0
             )
-            models[name] = gateway_config.Served(model.spec.serve.task, self.home.created(name), revisions)
+            created = self.home.created(name)
+            models[name] = gateway_config.Served(serve.task, created, revisions)
+            for adapter, able in self._carriers(model).items():
+                carrying = tuple(revision for revision in revisions if revision.digest in able)
+                models[adapter] = gateway_config.Served(serve.task, created, carrying, parent=name)
         if not models:
             return
         port = self.gateway.choose_port(self._port)
-        self.gateway.configure(models, gateway_keys(self.home), port)
+        self.gateway.configure(models, self.keys(), port)
         self.gateway.start(port)
+
+    def _carriers(self, model: Model) -> Mapping[str, Collection[str]]:
+        """Digests of the revisions that can serve each adapter, by its name."""
+        if model.spec.serve is None or not model.spec.serve.adapters:
+            return {}
+        return carriers(self.store, model, self.home.resolved(model.name), self.home.revisions(model.name))
+
+    def keys(self) -> tuple[gateway_config.Key, ...]:
+        """Who may ask, as the gateway needs it."""
+        return gateway_keys(self.home)
 
     def _keep_logs(self, jobs: Mapping[str, Job]) -> None:
         """Keep the log of every job that ended; Ray's own copy goes with the head."""
@@ -248,8 +326,8 @@ class LocalCluster:
         if endpoint is None:
             raise UsageInvalid(f"nothing is up in {self.home.path}; run `fastserve up FILE` first")
         folder = endpoint.temp_dir / "session_latest" / "logs" / "serve"
-        apps = [app for app, revision in self.home.serving().items() if revision.model == name]
-        files = [path for app in apps for path in folder.glob(f"replica_{app}_*.log")]
+        names = [item for item, revision in self.home.serving().items() if revision.model == name]
+        files = [path for item in names for path in folder.glob(f"replica_{item}-*.log")]
         return "".join(
             path.read_text(errors="replace") for path in sorted(files, key=lambda path: path.stat().st_mtime)
         )
@@ -263,20 +341,21 @@ class LocalCluster:
         self.head.stop()
         kill_home(self.home.id)
         for name in self.home.model_names():
-            self._discard_torn(name)
+            self.discard_torn(name)
             self.home.unwant(name)
             self.home.set_weights(name, {})
         for app in self.home.serving():
             self.home.stop_serving(app)
 
-    def _discard_torn(self, name: str) -> None:
+    def discard_torn(self, name: str) -> None:
         """Remove the files of attempts that were cut off; their checkpoints stay, so the next attempt goes on from
         there."""
-        model = self.home.model(name)
+        model = self.home.model(name) or self.home.ended(name)
         if model is None:
             return
         observed = observe(self.home, self.store, model, {}, {})
         stages = {key: stage for stage, key in keys.stage_keys(model, observed.digests).items()}
+        stages |= dict.fromkeys(adapter_keys(model, observed.digests).values(), Stage.SOURCE)
         for key, attempt in observed.attempts.items():
             if attempt.state is AttemptState.LOST and key in stages:
                 attempts.discard(self.store, stages[key], key, attempt.number)

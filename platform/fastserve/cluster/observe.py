@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from fastserve.artifacts import attempts
 from fastserve.artifacts.store import Store
 from fastserve.cluster.home import Home
+from fastserve.cluster.live import live_revisions, oldest_replica, windows_of
 from fastserve.cluster.ray_jobs import Job, JobState
-from fastserve.cluster.ray_serve import AppStatus, app_name
+from fastserve.cluster.ray_serve import AppStatus
 from fastserve.plan import keys
-from fastserve.plan.observed import Attempt, AttemptState, Committed, LiveRevision, Observed, RevisionState
+from fastserve.plan.adapters import adapter_keys
+from fastserve.plan.observed import Attempt, AttemptState, Committed, Observed
 from fastserve.plan.stages import Stage
 from fastserve.spec.model import Model
 
@@ -29,18 +32,21 @@ def observe(
     jobs: Mapping[str, Job],
     apps: Mapping[str, AppStatus],
     digests: Mapping[str, str] | None = None,
+    stats: Mapping[str, Any] | None = None,
 ) -> Observed:
     """A snapshot of all that concerns one model.
 
     jobs: the Ray head's jobs by submission id; empty when there is no head.
     apps: the serving applications by name.
     digests: of the outside sources; by default those of the last `up`.
+    stats: what the gateway has counted since the last shift of this model's traffic; None when it does not tell.
     """
     digests = home.resolved(model.name) if digests is None else digests
     stage_keys = keys.stage_keys(model, digests)
     committed: dict[str, Committed] = {}
     tried: dict[str, Attempt] = {}
-    for stage, key in stage_keys.items():
+    imports = [(Stage.SOURCE, key) for key in adapter_keys(model, digests).values()]
+    for stage, key in [*stage_keys.items(), *imports]:
         record = attempts.find(store, stage, key)
         if record is not None:
             committed[key] = Committed(stage, key, record.digest, record.size_bytes, record.metrics)
@@ -48,14 +54,18 @@ def observe(
         attempt = _newest_attempt(store, model.name, stage, key, jobs)
         if attempt is not None:
             tried[key] = attempt
-    tried |= _stale_attempts(model.name, set(stage_keys.values()), jobs)
+    tried |= _stale_attempts(model.name, {*stage_keys.values(), *(key for _, key in imports)}, jobs)
     return Observed(
         digests=digests,
         committed=committed,
         attempts=tried,
         forgiven=home.forgiven(model.name),
-        revisions=_live_revisions(home, model.name, apps),
+        revisions=live_revisions(home, model, apps),
         weights=home.weights(model.name),
+        shifted_at=home.shifted_at(model.name),
+        proven=home.proven(model.name),
+        windows=windows_of(stats, home.weights(model.name), home.shifted_at(model.name)),
+        cluster_since=oldest_replica(home, model.name, apps),
         pin=home.pin(model.name),
         known_revisions=home.revisions(model.name),
     )
@@ -104,36 +114,3 @@ def _stale_attempts(model: str, wanted: set[str], jobs: Mapping[str, Job]) -> di
         if match and running and match["model"] == model and match["key"] not in short:
             found[match["key"]] = Attempt(int(match["attempt"]), AttemptState.RUNNING, model=model)
     return found
-
-
-_STATES = {
-    "RUNNING": RevisionState.READY,
-    "DEPLOY_FAILED": RevisionState.FAILED,
-    "DELETING": RevisionState.STOPPING,
-}
-
-
-def _live_revisions(home: Home, model: str, apps: Mapping[str, AppStatus]) -> tuple[LiveRevision, ...]:
-    """What serves: each wanted application as Serve sees it, and those that Serve still has though nobody wants
-    them."""
-    wanted = {app: revision for app, revision in home.serving().items() if revision.model == model}
-    by_app = {app: revision.digest for app, revision in wanted.items()}
-    for digest, value in home.revisions(model).items():
-        name = app_name(value["model"], digest)
-        if name in apps:
-            by_app.setdefault(name, digest)
-    found = []
-    for app, digest in sorted(by_app.items()):
-        status = apps.get(app)
-        if status is None:
-            state, message, replicas = RevisionState.STARTING, "", 0
-        else:
-            state, message, replicas = (
-                _STATES.get(status.state, RevisionState.STARTING),
-                status.message,
-                status.replicas,
-            )
-        if app not in wanted:
-            state = RevisionState.STOPPING
-        found.append(LiveRevision(digest, state, message, replicas))
-    return tuple(found)

@@ -18,7 +18,9 @@ from typing import Any
 
 import httpx
 
+from fastserve.cluster.direct import ENGINES, ENGINES_VARIABLE
 from fastserve.cluster.home import Home
+from fastserve.cluster.nodes import PROFILE_LABEL, Machine
 from fastserve.cluster.processes import (
     HOME_VARIABLE,
     LOOPBACK,
@@ -31,6 +33,7 @@ from fastserve.cluster.processes import (
     kill_home,
 )
 from fastserve.errors import ClusterFailed
+from fastserve.plan.facts import LOCAL
 
 START_TRIES = 3
 START_SECONDS = 90.0
@@ -76,6 +79,26 @@ class Endpoint:
     def token(self) -> str:
         """The token itself."""
         return self.token_path.read_text().strip()
+
+    @property
+    def promised(self) -> tuple[Machine, ...]:
+        """Machines that would come when they are asked for: none."""
+        return ()
+
+    @property
+    def serve_host(self) -> str:
+        """Address that Serve's proxy listens on."""
+        return LOOPBACK
+
+    @property
+    def serve_url(self) -> str:
+        """Base URL of Serve's proxy."""
+        return f"http://{LOOPBACK}:{self.serve_port}"
+
+    @property
+    def python(self) -> str:
+        """The interpreter that runs a stage: the one that runs this command."""
+        return sys.executable
 
 
 class RayHead:
@@ -226,6 +249,7 @@ class RayHead:
                 "RAY_START_HOOK": "fastserve.cluster.ray_start.leave_out_client",
                 "DASHBOARD_METRIC_PORT": str(dashboard_metrics_port),
                 "RAY_TMPDIR": str(temp_dir),
+                ENGINES_VARIABLE: str(temp_dir / ENGINES),
                 "RAY_USAGE_STATS_ENABLED": "0",
                 # Ray runs workers at nice 15; beside anything else on the machine they would starve.
                 "RAY_worker_niceness": "0",
@@ -293,6 +317,7 @@ def start_arguments(ports: dict[str, int], temp_dir: Path) -> list[str]:
         "--min-worker-port=0",  # any free port: Ray's own fixed range is the same for every head on the machine
         "--max-worker-port=0",
         f"--num-cpus={LOGICAL_CPUS}",
+        f"--labels={PROFILE_LABEL}={LOCAL}",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
         f"--temp-dir={temp_dir}",
         "--disable-usage-stats",

@@ -15,26 +15,29 @@ from fastserve.errors import UsageInvalid
 from fastserve.plan import gate as gates
 from fastserve.plan import keys
 from fastserve.plan.moves import Done, Move, Refuse, RunStage, StartRevision, Wait
-from fastserve.plan.observed import AttemptState, Observed, RevisionState
+from fastserve.plan.observed import AttemptState, LiveRevision, Observed, Place, RevisionState, Window
+from fastserve.plan.pipeline import wanted_revision
 from fastserve.plan.stages import Stage
+from fastserve.plan.steps import step_of
 from fastserve.spec.model import Model
 from fastserve.telemetry.curve import loaded
 
 
-def status_of(model: Model, observed: Observed, moves: Sequence[Move], store: Store, url: str | None) -> dict[str, Any]:
-    """The status of one model as plain values with the manifest's keys."""
+def status_of(
+    model: Model,
+    observed: Observed,
+    moves: Sequence[Move],
+    store: Store,
+    url: str | None,
+    scaling: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """The status of one model as plain values with the manifest's keys.
+
+    scaling: of the places of its revisions, as `cluster.fleet` tells it; may be left out.
+    """
     stages = {stage.value: _stage(model, stage, observed, store) for stage in keys.wanted_stages(model)}
     refusal = next((move for move in moves if isinstance(move, Refuse)), None)
-    revisions = [
-        {
-            "digest": live.digest,
-            "state": live.state.value,
-            "weight": observed.weights.get(live.digest, 0),
-            "replicas": live.replicas,
-            "message": live.message,
-        }
-        for live in observed.revisions
-    ]
+    revisions = [_revision(live, observed, scaling) for live in observed.revisions]
     ready = any(
         live.state is RevisionState.READY and observed.weights.get(live.digest, 0) > 0 for live in observed.revisions
     )
@@ -43,13 +46,85 @@ def status_of(model: Model, observed: Observed, moves: Sequence[Move], store: St
         "stages": stages,
         "gate": _gate(model, observed),
         "revisions": revisions,
-        "pin": None
-        if observed.pin is None
-        else {"revision": observed.pin.revision, "insteadOf": observed.pin.instead_of},
+        "rollout": _rollout(model, observed),
+        "pin": _pin(observed),
         "url": url if ready else None,
         "conditions": [_ready_condition(model, ready, moves, refusal)],
         "why": [move.because for move in moves] or [_not_up(model)],
     }
+
+
+def _revision(live: LiveRevision, observed: Observed, scaling: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    bounds = {item["profile"]: item for item in scaling if item["revision"] == live.digest}
+    window = observed.windows.get(live.digest)
+    found: dict[str, Any] = {
+        "digest": live.digest,
+        "state": live.state.value,
+        "weight": observed.weights.get(live.digest, 0),
+        "replicas": live.replicas,
+        "message": live.message,
+        "places": [_place(place, bounds.get(place.profile, {})) for place in live.places],
+    }
+    return found if window is None else found | {"window": _window(window)}
+
+
+def _place(place: Place, bounds: Mapping[str, Any]) -> dict[str, Any]:
+    told = {key: bounds[key] for key in ("min", "max", "because", "decided", "decisions") if key in bounds}
+    state = {"profile": place.profile, "state": place.state.value, "replicas": place.replicas}
+    return {**state, "wanted": place.wanted, "message": place.message, **told}
+
+
+def _window(window: Window) -> dict[str, Any]:
+    figures = {
+        "ttftMs": window.ttft_ms,
+        "ttftP95Ms": window.ttft_p95_ms,
+        "tokensPerSecond": window.tokens_per_s,
+    }
+    counted = {"seconds": window.seconds, "requests": window.requests, "errors": window.errors}
+    return counted | {key: value for key, value in figures.items() if value is not None}
+
+
+def _rollout(model: Model, observed: Observed) -> dict[str, Any] | None:
+    """Where the new revision stands; None when traffic is not shared."""
+    rollout = model.spec.serve.rollout if model.spec.serve is not None else None
+    wanted = wanted_revision(model, observed, keys.stage_keys(model, observed.digests))
+    step = None if wanted is None else step_of(observed, wanted.digest, rollout)
+    if step is None:
+        return None
+    new, old = observed.windows.get(step.revision), observed.windows.get(step.old)
+    return {
+        "revision": step.revision,
+        "from": step.old,
+        "weight": step.weight,
+        "step": step.number,
+        "steps": list(step.steps),
+        "watchedSeconds": step.watched_seconds,
+        "holdSeconds": step.hold_seconds,
+        "message": (
+            f"step {step.number} of {len(step.steps)}: revision {step.revision[:8]} has {step.weight} % of traffic, "
+            f"{_figures(new)}; {step.old[:8]} {_figures(old)}"
+        ),
+    }
+
+
+def _figures(window: Window | None) -> str:
+    """How a revision did, in words."""
+    if window is None:
+        return "the gateway has not told how it does"
+    told = [f"{window.errors} of {window.requests} requests failed in {window.seconds:.0f} s"]
+    if window.ttft_ms is not None:
+        told.append(f"{window.ttft_ms:.0f} ms to the first token")
+    if window.tokens_per_s is not None:
+        told.append(f"{window.tokens_per_s:.0f} tokens/s")
+    return ", ".join(told)
+
+
+def _pin(observed: Observed) -> dict[str, Any] | None:
+    pin = observed.pin
+    if pin is None:
+        return None
+    told = {"reason": pin.reason or "ByHand", "message": pin.because}
+    return {"revision": pin.revision, "insteadOf": pin.instead_of, **told}
 
 
 def curve_of(status: Mapping[str, Any], store: Store) -> list[Mapping[str, Any]]:

@@ -7,39 +7,47 @@ What was found is kept by content digest, so a second look is quick.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastserve.artifacts import attempts, describe, sources
+from fastserve.artifacts.adapter import read_adapter
 from fastserve.artifacts.resolved import Resolved
 from fastserve.artifacts.store import Store
 from fastserve.artifacts.stores import open_store
 from fastserve.artifacts.tokenizer import TokenizerFiles, load_tokenizer
 from fastserve.cluster.home import Home
 from fastserve.cluster.machine import local_hardware
+from fastserve.cluster.nodes import hardware_of, machines, profiles_of
 from fastserve.cluster.observe import observe
+from fastserve.cluster.ray_head import RayHead
 from fastserve.data.holdout import require_disjoint
 from fastserve.data.rows import data_files
 from fastserve.data.samples import OverLength, dataset_facts
 from fastserve.data.template import turn_end
 from fastserve.data.vocabulary import train_tokenizer
-from fastserve.errors import ArtifactNotFound
-from fastserve.plan import executable
+from fastserve.errors import ArtifactNotFound, ManifestInvalid, Problem
+from fastserve.plan import executable, keys
+from fastserve.plan.adapters import adapter_keys
 from fastserve.plan.digest import digest_of
-from fastserve.plan.facts import DatasetFacts, Hardware, ModelFacts
+from fastserve.plan.facts import LOCAL, DatasetFacts, Hardware, ModelFacts
 from fastserve.plan.keys import Role, ident_of, outside
-from fastserve.plan.memory import ByteTable, compressed_bytes, fits, serving_memory
+from fastserve.plan.lora import AdapterFacts, rank_limit
+from fastserve.plan.memory import ByteTable, compressed_bytes, fits, replica_memory_bytes, serving_memory
 from fastserve.plan.revision import Revision
-from fastserve.plan.sheet import DatasetLine, Sheet, stage_lines
+from fastserve.plan.sheet import AdapterLine, DatasetLine, Sheet, stage_lines
+from fastserve.plan.stages import Stage
+from fastserve.plan.tasks import task_problem
 from fastserve.plan.time import estimate
 from fastserve.plan.training import TrainingPlan, plan_training
 from fastserve.spec.model import AccessKey, HardwareProfile, Model
+from fastserve.spec.serve import Adapter
 from fastserve.spec.source import Source
 from fastserve.spec.train import Scratch, Train
 
-FACTS_VERSION = 3
+FACTS_VERSION = 5
 """Raised when what is counted changes, so that older counts in a home are not believed."""
 
 
@@ -60,20 +68,25 @@ def survey(
     model: Model,
     profiles: Sequence[HardwareProfile] = (),
     access_keys: Sequence[AccessKey] = (),
+    cluster: Collection[str] = (LOCAL,),
 ) -> Survey:
     """Resolve, read and check everything that a Model names.
+
+    cluster: names of the profiles that there are machines of (`machines_here` finds those of a home).
 
     Raises NotExecutable, SourceNotFound, SourceInvalid, DatasetInvalid, InsufficientMemory: the first that is wrong,
     each with what to do. Nothing is changed but the home's cache.
     """
     hardware = local_hardware()
-    executable.check(model, profiles, local=hardware)
+    executable.check(model, profiles, cluster, local=hardware)
     for key in access_keys:
         executable.check_access_key(key)
     resolved = {item.ident: resolve_source(home, item.source, item.role) for item in outside(model)}
     look = _Look(home, resolved)
     facts = look.made(model)
+    _require_task(model, facts)
     datasets = look.datasets(model)
+    adapters = look.adapters(home, model, facts)
     digests = {ident: found.digest for ident, found in resolved.items()}
     store = open_store(store_uri)
     observed = observe(home, store, model, {}, {}, digests=digests)
@@ -85,11 +98,29 @@ def survey(
         model=model.name,
         stages=stage_lines(model, observed, estimate(model, facts, rows, hardware, cached, shares)),
         datasets=tuple(datasets),
-        tables=(*(training.tables if training is not None else ()), *_serving(model, facts, hardware)),
+        tables=(
+            *(training.tables if training is not None else ()),
+            *_serving(model, facts, hardware, profiles, adapters),
+        ),
+        adapters=tuple(adapters),
         training=training,
         warnings=(*facts.warnings, *(training.warnings if training is not None else ())),
     )
     return Survey(model, digests, sheet)
+
+
+def machines_here(home: Home) -> set[str]:
+    """Profiles that a home has machines of: this machine, and nodes that have joined its Ray head."""
+    endpoint = RayHead(home.path).load()
+    joined = set() if endpoint is None else profiles_of(machines(endpoint.dashboard_url, endpoint.token))
+    return {LOCAL, *joined}
+
+
+def tries_so_far(store: Store, found: Survey) -> dict[str, int]:
+    """By key, the newest attempt there is: asking for a Model again is trying again, so these no longer count."""
+    made = list(keys.stage_keys(found.model, found.digests).items())
+    made += [(Stage.SOURCE, key) for key in adapter_keys(found.model, found.digests).values()]
+    return {key: attempts.newest_attempt(store, stage, key) for stage, key in made}
 
 
 def resolve_source(home: Home, source: Source, role: str) -> Resolved:
@@ -173,6 +204,22 @@ class _Look:
                 lines.append(DatasetLine("compress.calibration", found))
         return lines
 
+    def adapters(self, home: Home, model: Model, facts: ModelFacts) -> list[AdapterLine]:
+        """Every adapter, looked into; facts: of the model that they shall change."""
+        if model.spec.serve is None:
+            return []
+        _require_free_names(home, model)
+        lines = []
+        for adapter in model.spec.serve.adapters:
+
+            def read(adapter: Adapter = adapter) -> dict[str, Any]:
+                return asdict(read_adapter(self._place(adapter.source), f"adapter {adapter.name}", facts))
+
+            inputs = [adapter.name, self._digest(adapter.source), asdict(facts)]
+            found = self._kept("adapter", inputs, read)
+            lines.append(AdapterLine(adapter.name, AdapterFacts(**{**found, "modules": tuple(found["modules"])})))
+        return lines
+
     def _rows(
         self, data: Source, model: Source, limit: int, limit_name: str, over_length: OverLength = "truncate"
     ) -> DatasetFacts:
@@ -253,7 +300,11 @@ class _Look:
 
 
 def _facts(found: Mapping[str, Any]) -> ModelFacts:
-    lists = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+    lists = {
+        name: tuple(tuple(item) if isinstance(item, list) else item for item in value)
+        for name, value in found.items()
+        if isinstance(value, list)
+    }
     return ModelFacts(**{**found, **lists})
 
 
@@ -276,9 +327,51 @@ def _training(
     return plan_training(facts, model.spec.train, hardware, described, rows)
 
 
-def _serving(model: Model, facts: ModelFacts, hardware: Hardware) -> list[ByteTable]:
-    spec = model.spec
-    if spec.serve is None:
+def _require_free_names(home: Home, model: Model) -> None:
+    """Raise ManifestInvalid for an adapter that is called like a model, or like another model's adapter."""
+    taken = {model.name: "this model"}
+    for name in home.model_names():
+        other = home.model(name)
+        if name != model.name and other is not None:
+            taken[name] = f"model {name}"
+            serve = other.spec.serve
+            taken |= {item.name: f"an adapter of model {name}" for item in (serve.adapters if serve else [])}
+    found = model.spec.serve.adapters if model.spec.serve is not None else []
+    problems = [
+        Problem(f"spec.serve.adapters[{index}].name", f"{item.name} is the name of {taken[item.name]}; rename it")
+        for index, item in enumerate(found)
+        if item.name in taken
+    ]
+    if problems:
+        raise ManifestInvalid(problems)
+
+
+def _require_task(model: Model, facts: ModelFacts) -> None:
+    """Raise ManifestInvalid when the model cannot do what serve.task asks of it."""
+    problem = task_problem(model.spec.serve.task, facts) if model.spec.serve is not None else None
+    if problem is not None:
+        raise ManifestInvalid([problem])
+
+
+def _serving(
+    model: Model,
+    facts: ModelFacts,
+    local: Hardware,
+    profiles: Sequence[HardwareProfile],
+    adapters: Sequence[AdapterLine],
+) -> list[ByteTable]:
+    """What a replica needs on each of its profiles. Raises InsufficientMemory where one does not hold it."""
+    serve = model.spec.serve
+    if serve is None:
         return []
-    table = serving_memory(facts, spec.serve, compressed_bytes(facts, spec.compress), hardware)
-    return [fits(table, hardware.memory_bytes)]
+    described = {profile.metadata.name: profile.spec for profile in profiles}
+    limit = rank_limit(line.facts.rank for line in adapters)
+    weight_bytes = compressed_bytes(facts, model.spec.compress)
+    found = []
+    for profile in serve.profiles:
+        hardware = hardware_of(profile, described, local)
+        table = serving_memory(facts, serve, weight_bytes, hardware, limit)
+        if len(serve.profiles) > 1:
+            table = replace(table, title=f"{table.title}, profile {profile}")
+        found.append(fits(table, replica_memory_bytes(serve, hardware, profile in described)))
+    return found

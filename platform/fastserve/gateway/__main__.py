@@ -69,9 +69,13 @@ async def serve(path: Path) -> None:
     config = read(path)
     gateway = Gateway(config)
     runner = web.ServerRunner(gateway.server)
+    admin = web.ServerRunner(gateway.admin.server)
     await runner.setup()
+    await admin.setup()
     try:
-        await _listen(runner, config)
+        if config.admin_port:
+            await _listen(admin, config.host, config.admin_port, "adminPort in the config")
+        await _listen(runner, config.host, config.port, "--port")
         log.info("listening", extra={"fields": {"address": f"http://{config.host}:{runner.addresses[0][1]}"}})
         watcher = asyncio.create_task(watch(gateway, path, seen))
         await stop.wait()
@@ -83,6 +87,7 @@ async def serve(path: Path) -> None:
     finally:
         await gateway.close(gateway.config.drain_seconds)
         await runner.cleanup()
+        await admin.cleanup()
     log.info("stopped")
 
 
@@ -99,22 +104,26 @@ async def watch(gateway: Gateway, path: Path, seen: object) -> None:
         except UsageInvalid as error:
             log.error("config not taken, the old one stays in force: %s", error)
             continue
-        if (config.host, config.port) != (gateway.config.host, gateway.config.port):
-            log.warning("host and port change only with a restart; everything else of the config is taken")
+        if _address(config) != _address(gateway.config):
+            log.warning("host and ports change only with a restart; everything else of the config is taken")
         gateway.replace(config)
         log.info("config taken", extra={"fields": {"models": sorted(config.models), "keys": len(config.keys)}})
 
 
-async def _listen(runner: web.ServerRunner, config: Config) -> None:
-    site = web.TCPSite(runner, config.host, config.port, backlog=1024)
+def _address(config: Config) -> tuple[str, int, int]:
+    return config.host, config.port, config.admin_port
+
+
+async def _listen(runner: web.ServerRunner, host: str, port: int, option: str) -> None:
+    site = web.TCPSite(runner, host, port, backlog=1024)
     try:
         await site.start()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(
-                f"port {config.port} on {config.host} is in use; stop what listens there or choose another with --port"
+                f"port {port} on {host} is in use; stop what listens there or choose another with {option}"
             ) from error
-        raise ClusterFailed(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}") from error
+        raise ClusterFailed(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
 
 
 def _stamp(path: Path) -> object:

@@ -8,6 +8,7 @@ Inner addresses, stack traces and routes never pass outwards.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ from fastserve.errors import FastServeError
 RETRY_AFTER_SECONDS = 5
 LONGEST_MESSAGE = 2000
 """Characters of an engine's message that are passed on."""
+
+_DIMENSIONS = re.compile(r"matryoshka|supports dimensions", re.IGNORECASE)
+_SCHEMA = re.compile(r"json schema|grammar", re.IGNORECASE)
 
 
 class Refusal(FastServeError):
@@ -78,12 +82,23 @@ def model_not_found(model: str) -> Refusal:
     )
 
 
-def model_not_ready(model: str) -> Refusal:
-    """The model is wanted but nothing serves it yet."""
+def model_loading(model: str) -> Refusal:
+    """No replica could take the request in the time that it may wait."""
     return Refusal(
         503,
-        f"The model '{model}' is not ready yet; try again soon, 'fastserve status {model}' says how far it is.",
-        code="model_not_ready",
+        f"No replica of the model '{model}' could take the request in time; try again soon, "
+        f"'fastserve status {model}' says how far it is.",
+        code="model_loading",
+        headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+    )
+
+
+def overloaded(model: str) -> Refusal:
+    """The model has no free slot, and too many wait already."""
+    return Refusal(
+        429,
+        f"The model '{model}' is busy; try again soon.",
+        code="overloaded",
         headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
     )
 
@@ -133,11 +148,10 @@ def translate(status: int, content_type: str, body: bytes, model: str) -> Refusa
     found = _read(content_type, body)
     if found is None:
         # Ray Serve answers for itself in plain text: no such route (404), replica died (500), none free (503).
-        return model_not_ready(model) if status in (404, 503) else _without_words(status, model)
+        return model_loading(model) if status in (404, 503) else _without_words(status, model)
     message, param = found
     if status in (400, 422):
-        code = "context_length_exceeded" if "maximum context length" in message else None
-        return Refusal(400, message, param=param, code=code)
+        return _engines_words(message, param, model)
     if status == 404 and message != "Not Found":
         return model_not_found(model)
     if status == 413:
@@ -145,12 +159,28 @@ def translate(status: int, content_type: str, body: bytes, model: str) -> Refusa
     return _without_words(status, model)
 
 
+def _engines_words(message: str, param: str | None, model: str) -> Refusal:
+    """An engine's 400; clients get the field's name and a code where the engine gave none."""
+    if "maximum context length" in message:
+        return bad_request(message, param, "context_length_exceeded")
+    if "tool choice requires" in message:
+        words = (
+            f"The model '{model}' has no parser for calls of tools; leave 'tools' out. (Whoever serves the model can "
+            "name one in serve.engine.extraArgs: --enable-auto-tool-choice, --tool-call-parser=NAME.)"
+        )
+        return bad_request(words, "tools", "unsupported_parameter")
+    if _DIMENSIONS.search(message):
+        return bad_request(message, param or "dimensions")
+    if _SCHEMA.search(message):
+        return bad_request(message, param or "response_format", "invalid_json_schema")
+    return bad_request(message, param)
+
+
 def _without_words(status: int, model: str) -> Refusal:
-    retry = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     if status in (400, 422):
         return Refusal(400, f"The engine of the model '{model}' did not understand the request.")
     if status == 429:
-        return Refusal(429, f"The model '{model}' is busy; try again soon.", code="overloaded", headers=retry)
+        return overloaded(model)
     if status in (500, 502, 503):
         return unreachable()
     if status == 504:

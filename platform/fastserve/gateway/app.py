@@ -15,20 +15,28 @@ import re
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from random import Random
+from typing import Any
 
 from aiohttp import hdrs, web
 
-from fastserve.gateway import answers, requests
+from fastserve.gateway import answers, forms, requests
+from fastserve.gateway.admin import Admin
 from fastserve.gateway.answers import Refusal, bad_request
 from fastserve.gateway.config import Config, Key
 from fastserve.gateway.exchange import Exchange
+from fastserve.gateway.hold import Hold
 from fastserve.gateway.keys import Keyring
+from fastserve.gateway.patience import EVERY_SECONDS, FIRST_SECONDS
 from fastserve.gateway.proxy import Proxy
 from fastserve.gateway.routes import Router
 from fastserve.gateway.server import IDLE_SECONDS, HttpServer, json_answer
+from fastserve.gateway.statistics import Statistics
 
 BODY_SECONDS = 30.0
 """A body must be here by then."""
+
+UPLOAD_PATIENCE = 4
+"""A file may take so many times as long."""
 
 _HOST = re.compile(r"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 _MODELS = "/v1/models"
@@ -53,25 +61,33 @@ class Gateway:
         today: Callable[[], date] = today_utc,
         idle_seconds: float = IDLE_SECONDS,
         body_seconds: float = BODY_SECONDS,
+        first_comment_seconds: float = FIRST_SECONDS,
+        comment_seconds: float = EVERY_SECONDS,
     ) -> None:
         self.config = config
         self._body_seconds = body_seconds
         self.router = Router(config.models, random or Random())
+        self.hold = Hold(self.router)
+        self.statistics = Statistics()
         self._keyring = Keyring(config.keys)
         self._today = today
-        self._proxy = Proxy(self.router)
+        self._proxy = Proxy(self.router, self.hold, self.statistics, first_comment_seconds, comment_seconds)
         self._tasks: set[asyncio.Task[object]] = set()
         self._stopping = False
         self.server = HttpServer(self.handle, idle_seconds)
+        self.admin = Admin(lambda: self.config, self.statistics, self.hold.waiting)
 
     def replace(self, config: Config) -> None:
-        """Take new orders; requests that run already go on under the old ones."""
+        """Take new orders; requests that run already go on under the old ones, those that wait under the new."""
         self.config = config
-        self.router.models = config.models
+        self.hold.replace(config.models)
+        self.statistics.replace(config.models)
         self._keyring = Keyring(config.keys)
 
     async def close(self, drain_seconds: float) -> None:
-        """Let running requests end for up to `drain_seconds`; then end them with an error that says why."""
+        """Send away who waits; let running requests end for up to `drain_seconds`, then end them with an error that
+        says why."""
+        self.hold.close()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=drain_seconds)
         self._stopping = True
@@ -111,6 +127,8 @@ class Gateway:
             async with asyncio.timeout(seconds):
                 return await self._answer(exchange)
         except TimeoutError:
+            if exchange.model is not None and exchange.revision is not None:
+                self.statistics.late(exchange.model, exchange.revision)
             raise answers.too_slow(seconds) from None
 
     async def _refuse(self, exchange: Exchange, refusal: Refusal) -> web.StreamResponse:
@@ -147,9 +165,9 @@ class Gateway:
         exchange.key = key.name
         if endpoint is None:
             return self._models(exchange, key, path)
-        given = requests.parse(await self._body(request))
+        given = await self._given(request, endpoint)
         model = self._allowed(exchange, key, requests.model_of(given))
-        if self.config.models[model].task != endpoint.task:
+        if self.config.models[model].task not in endpoint.tasks:
             words = f"The model '{model}' does {self.config.models[model].task}; it has no {endpoint.path}."
             raise bad_request(words, "model", "unsupported_endpoint")
         inward = requests.check(endpoint, given)
@@ -157,28 +175,41 @@ class Gateway:
         return await self._proxy.answer(exchange, inward)
 
     def _allowed(self, exchange: Exchange, key: Key, model: str) -> str:
-        if model not in self.config.models or not key.allows(model):
+        served = self.config.models.get(model)
+        if served is None or not key.allows(model, served.parent):
             raise answers.model_not_found(model)
         exchange.model = model
         return model
 
     def _models(self, exchange: Exchange, key: Key, path: str) -> web.StreamResponse:
         if path == _MODELS:
-            rows = [self._row(name) for name in sorted(self.config.models) if key.allows(name)]
+            rows = [
+                self._row(name)
+                for name, served in sorted(self.config.models.items())
+                if key.allows(name, served.parent)
+            ]
             return _json({"object": "list", "data": rows}, exchange)
         return _json(self._row(self._allowed(exchange, key, path[len(_MODELS) + 1 :])), exchange)
 
     def _row(self, name: str) -> dict[str, object]:
-        created = self.config.models[name].created
-        return {"id": name, "object": "model", "created": created, "owned_by": "fastserve"}
+        served = self.config.models[name]
+        row: dict[str, object] = {"id": name, "object": "model", "created": served.created, "owned_by": "fastserve"}
+        return row if served.parent is None else {**row, "parent": served.parent}
 
-    async def _body(self, request: web.BaseRequest) -> bytes:
+    async def _given(self, request: web.BaseRequest, endpoint: requests.Endpoint) -> dict[str, Any]:
+        """What the body says, not yet checked."""
+        if not endpoint.form:
+            return requests.parse(await self._body(request, "application/json", self.config.max_body_bytes, 1))
+        body = await self._body(request, forms.FORM, self.config.max_upload_bytes, UPLOAD_PATIENCE)
+        return forms.parse(request.headers.get(hdrs.CONTENT_TYPE, ""), body, endpoint.lists)
+
+    async def _body(self, request: web.BaseRequest, kind: str, most: int, patience: int) -> bytes:
         """The whole body. Raises Refusal: 413 as soon as it is known to be too long, 415, 408."""
-        if request.content_type != "application/json" and hdrs.CONTENT_TYPE in request.headers:
-            raise Refusal(415, "Send the header 'Content-Type: application/json'.", code="unsupported_media_type")
+        if request.content_type != kind and (hdrs.CONTENT_TYPE in request.headers or kind == forms.FORM):
+            raise Refusal(415, f"Send the header 'Content-Type: {kind}'.", code="unsupported_media_type")
         if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
             raise Refusal(415, "Send the body without Content-Encoding.", code="unsupported_media_type")
-        most = self.config.max_body_bytes
+        seconds = self._body_seconds * patience
         too_large = Refusal(413, f"The body is longer than {most} bytes.", code="request_too_large")
         if (request.content_length or 0) > most:
             raise too_large
@@ -187,14 +218,14 @@ class Gateway:
         parts: list[bytes] = []
         size_bytes = 0
         try:
-            async with asyncio.timeout(self._body_seconds):
+            async with asyncio.timeout(seconds):
                 async for part in request.content.iter_any():
                     size_bytes += len(part)
                     if size_bytes > most:
                         raise too_large
                     parts.append(part)
         except TimeoutError:
-            words = f"The body was not here after {self._body_seconds:g} s."
+            words = f"The body was not here after {seconds:g} s."
             raise Refusal(408, words, code="request_timeout") from None
         except web.RequestPayloadError:
             raise bad_request("The body is not complete.", code="invalid_body") from None

@@ -17,14 +17,34 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastserve.errors import UsageInvalid
+from fastserve.gateway import json_values as j
 
 ANY_MODEL = "*"
 TASKS = ("generate", "embed", "score", "transcribe")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One place where a revision answers: its replicas on one hardware profile, behind one URL."""
+
+    url: str
+    """Base URL without a slash at the end; the OpenAI path is appended."""
+
+    slots: int = 0
+    """Requests that it may have at once: replicas that answer x requests of one replica. 0: not known, no bound."""
+
+    profile: str = ""
+    """Name of the hardware profile."""
+
+    rank: int = 0
+    """Place of the profile in serve.profiles; 0 is preferred."""
+
+    last: bool = False
+    """Behind it requests are held over a replica's death. It gets a request only when the revision has no other target,
+    or when a try on another failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +57,24 @@ class Revision:
     weight: float
     """Share of the model's traffic, relative to its other revisions; 0 gets nothing."""
 
-    targets: tuple[str, ...]
-    """Base URLs without a slash at the end; the OpenAI path is appended."""
+    targets: tuple[Target, ...]
+    """Where it answers, each URL once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """How requests wait that nothing can take yet."""
+
+    requests: int = 256
+    """Most requests that wait at once; one more is refused. 0: nothing waits."""
+
+    seconds: float = 300.0
+    """Longest time that a request waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A model that clients may ask for."""
+    """A model that clients may ask for, or an adapter of one under a name of its own."""
 
     task: str
     """generate, embed, score or transcribe: decides which routes the model has."""
@@ -53,6 +84,12 @@ class Served:
 
     revisions: tuple[Revision, ...] = ()
     """Empty while nothing is ready yet."""
+
+    parent: str | None = None
+    """An adapter's base model. A key that allows the parent allows the adapter."""
+
+    hold: Hold = Hold()
+    """How requests wait while nothing can take them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +108,9 @@ class Key:
     expires: date | None = None
     """Last day (UTC) on which the key works."""
 
-    def allows(self, model: str) -> bool:
-        """Whether the key may ask for `model`."""
-        return ANY_MODEL in self.models or model in self.models
+    def allows(self, model: str, parent: str | None = None) -> bool:
+        """Whether the key may ask for `model`, which is an adapter of `parent` or a model of its own (None)."""
+        return ANY_MODEL in self.models or model in self.models or (parent is not None and parent in self.models)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +127,17 @@ class Config:
     max_body_bytes: int = 4 * 2**20
     """Longest request body."""
 
+    max_upload_bytes: int = 25 * 2**20
+    """Longest form with a file of sound."""
+
     drain_seconds: float = 30.0
     """How long running streams may go on after SIGTERM."""
+
+    admin_port: int = 0
+    """Port on the same host that tells statistics; 0: there is none."""
+
+    admin_sha256: str = ""
+    """SHA-256 of the token that the admin port asks for: 64 hex digits."""
 
 
 def read(path: Path) -> Config:
@@ -128,17 +174,9 @@ def to_json(config: Config) -> dict[str, Any]:
     return {
         "host": config.host,
         "port": config.port,
-        "models": {
-            name: {
-                "task": served.task,
-                "created": served.created,
-                "revisions": [
-                    {"digest": revision.digest, "weight": revision.weight, "targets": list(revision.targets)}
-                    for revision in served.revisions
-                ],
-            }
-            for name, served in config.models.items()
-        },
+        "adminPort": config.admin_port,
+        "adminSha256": config.admin_sha256,
+        "models": {name: _served_to_json(served) for name, served in config.models.items()},
         "keys": [
             {
                 "name": key.name,
@@ -150,124 +188,164 @@ def to_json(config: Config) -> dict[str, Any]:
         ],
         "readTimeoutSeconds": config.read_timeout_seconds,
         "maxBodyBytes": config.max_body_bytes,
+        "maxUploadBytes": config.max_upload_bytes,
         "drainSeconds": config.drain_seconds,
+    }
+
+
+def _served_to_json(served: Served) -> dict[str, Any]:
+    return {
+        "task": served.task,
+        "created": served.created,
+        "parent": served.parent,
+        "hold": {"requests": served.hold.requests, "seconds": served.hold.seconds},
+        "revisions": [
+            {
+                "digest": revision.digest,
+                "weight": revision.weight,
+                "targets": [
+                    {
+                        "url": target.url,
+                        "slots": target.slots,
+                        "profile": target.profile,
+                        "rank": target.rank,
+                        "last": target.last,
+                    }
+                    for target in revision.targets
+                ],
+            }
+            for revision in served.revisions
+        ],
     }
 
 
 def parse(raw: object) -> Config:
     """A Config from plain JSON values. Raises UsageInvalid that names the key."""
-    top = _mapping(raw, "the file")
-    _only(top, "the file", "host", "port", "models", "keys", "readTimeoutSeconds", "maxBodyBytes", "drainSeconds")
+    top = j.mapping(raw, "the file")
+    j.only(top, "the file", *to_json(Config()))
     usual = Config()
-    models = {name: _served(value, name) for name, value in _mapping(top.get("models", {}), "models").items()}
-    keys = tuple(_key(value, f"keys[{at}]") for at, value in enumerate(_listing(top.get("keys", []), "keys")))
+    models = {name: _served(value, name) for name, value in j.mapping(top.get("models", {}), "models").items()}
+    for name, served in models.items():
+        _adapter(name, served, models)
+    keys = tuple(_key(value, f"keys[{at}]") for at, value in enumerate(j.listing(top.get("keys", []), "keys")))
+    port, admin_port, admin_sha256 = _doors(top, usual)
     return Config(
-        host=_text(top.get("host", usual.host), "host"),
-        port=_whole(top.get("port", usual.port), "port", 0, 65535),
+        host=j.text(top.get("host", usual.host), "host"),
+        port=port,
         models=models,
         keys=keys,
-        read_timeout_seconds=_number(
+        read_timeout_seconds=j.number(
             top.get("readTimeoutSeconds", usual.read_timeout_seconds), "readTimeoutSeconds", 0.001
         ),
-        max_body_bytes=_whole(top.get("maxBodyBytes", usual.max_body_bytes), "maxBodyBytes", 1, 2**30),
-        drain_seconds=_number(top.get("drainSeconds", usual.drain_seconds), "drainSeconds", 0.0),
+        max_body_bytes=j.whole(top.get("maxBodyBytes", usual.max_body_bytes), "maxBodyBytes", 1, 2**30),
+        max_upload_bytes=j.whole(top.get("maxUploadBytes", usual.max_upload_bytes), "maxUploadBytes", 1, 2**30),
+        drain_seconds=j.number(top.get("drainSeconds", usual.drain_seconds), "drainSeconds", 0.0),
+        admin_port=admin_port,
+        admin_sha256=admin_sha256,
     )
+
+
+def _doors(top: Mapping[str, Any], usual: Config) -> tuple[int, int, str]:
+    """port, adminPort, adminSha256: an admin port without a token would be open to everybody."""
+    port = j.whole(top.get("port", usual.port), "port", 0, 65535)
+    admin_port = j.whole(top.get("adminPort", usual.admin_port), "adminPort", 0, 65535)
+    if admin_port and admin_port == port:
+        raise UsageInvalid(f"adminPort: is {admin_port}, which is 'port' too; give another")
+    if not admin_port and not top.get("adminSha256"):
+        return port, 0, ""
+    return port, admin_port, j.sha256(top.get("adminSha256"), "adminSha256", "the admin port's token")
+
+
+def _adapter(name: str, served: Served, models: Mapping[str, Served]) -> None:
+    """An adapter stands beside a model of the same task that is no adapter itself."""
+    if served.parent is None:
+        return
+    at = f"models.{name}.parent"
+    parent = models.get(served.parent)
+    if parent is None or parent.parent is not None:
+        raise UsageInvalid(f"{at}: '{served.parent}' is not a model of this file that is no adapter itself")
+    if parent.task != served.task:
+        raise UsageInvalid(f"models.{name}.task: is {served.task}, and its parent '{served.parent}' does {parent.task}")
 
 
 def _served(raw: object, name: str) -> Served:
     at = f"models.{name}"
     if not _NAME.fullmatch(name):
         raise UsageInvalid(f"{at}: a model's name is letters, digits, '.', '_' and '-'")
-    value = _mapping(raw, at)
-    _only(value, at, "task", "created", "revisions")
-    task = _text(value.get("task", "generate"), f"{at}.task")
+    value = j.mapping(raw, at)
+    j.only(value, at, "task", "created", "parent", "hold", "revisions")
+    task = j.text(value.get("task", "generate"), f"{at}.task")
     if task not in TASKS:
         raise UsageInvalid(f"{at}.task: '{task}' is not one of {', '.join(TASKS)}")
-    revisions = _listing(value.get("revisions", []), f"{at}.revisions")
+    listed = j.listing(value.get("revisions", []), f"{at}.revisions")
+    revisions = tuple(_revision(item, f"{at}.revisions[{place}]") for place, item in enumerate(listed))
+    for place, revision in enumerate(revisions):
+        if revision.digest in (before.digest for before in revisions[:place]):
+            raise UsageInvalid(f"{at}.revisions[{place}].digest: stands there twice; name a revision once")
+    parent = value.get("parent")
     return Served(
         task=task,
-        created=_whole(value.get("created", 0), f"{at}.created", 0, 2**53),
-        revisions=tuple(_revision(item, f"{at}.revisions[{place}]") for place, item in enumerate(revisions)),
+        created=j.whole(value.get("created", 0), f"{at}.created", 0, 2**53),
+        revisions=revisions,
+        parent=None if parent is None else j.text(parent, f"{at}.parent"),
+        hold=_hold(value.get("hold", {}), f"{at}.hold"),
+    )
+
+
+def _hold(raw: object, at: str) -> Hold:
+    value = j.mapping(raw, at)
+    j.only(value, at, "requests", "seconds")
+    usual = Hold()
+    return Hold(
+        requests=j.whole(value.get("requests", usual.requests), f"{at}.requests", 0, 2**20),
+        seconds=j.number(value.get("seconds", usual.seconds), f"{at}.seconds", 0.0),
     )
 
 
 def _revision(raw: object, at: str) -> Revision:
-    value = _mapping(raw, at)
-    _only(value, at, "digest", "weight", "targets")
-    targets = tuple(_target(item, f"{at}.targets") for item in _listing(value.get("targets", []), f"{at}.targets"))
+    value = j.mapping(raw, at)
+    j.only(value, at, "digest", "weight", "targets")
+    listed = j.listing(value.get("targets", []), f"{at}.targets")
+    targets = tuple(_target(item, f"{at}.targets[{place}]") for place, item in enumerate(listed))
+    for place, target in enumerate(targets):
+        if target.url in (before.url for before in targets[:place]):
+            raise UsageInvalid(f"{at}.targets[{place}].url: '{target.url}' stands there twice; name it once")
     return Revision(
-        digest=_text(value.get("digest"), f"{at}.digest"),
-        weight=_number(value.get("weight", 100), f"{at}.weight", 0.0),
-        targets=tuple(dict.fromkeys(targets)),
+        digest=j.text(value.get("digest"), f"{at}.digest"),
+        weight=j.number(value.get("weight", 100), f"{at}.weight", 0.0),
+        targets=targets,
     )
 
 
 def _key(raw: object, at: str) -> Key:
-    value = _mapping(raw, at)
-    _only(value, at, "name", "sha256", "models", "expires")
-    digest = _text(value.get("sha256"), f"{at}.sha256").strip().lower()
-    if not _SHA256.fullmatch(digest):
-        raise UsageInvalid(f"{at}.sha256: is not a SHA-256 of 64 hex digits; make keys with fastserve keys create")
+    value = j.mapping(raw, at)
+    j.only(value, at, "name", "sha256", "models", "expires")
+    digest = j.sha256(value.get("sha256"), f"{at}.sha256", "a key of fastserve keys create")
     expires = value.get("expires")
     if expires is not None:
         try:
-            expires = date.fromisoformat(_text(expires, f"{at}.expires"))
+            expires = date.fromisoformat(j.text(expires, f"{at}.expires"))
         except ValueError:
             raise UsageInvalid(f"{at}.expires: '{expires}' is not a day; write YYYY-MM-DD") from None
-    models = _listing(value.get("models", []), f"{at}.models")
+    models = j.listing(value.get("models", []), f"{at}.models")
     return Key(
-        name=_text(value.get("name"), f"{at}.name"),
+        name=j.text(value.get("name"), f"{at}.name"),
         sha256=digest,
-        models=tuple(_text(item, f"{at}.models") for item in models),
+        models=tuple(j.text(item, f"{at}.models") for item in models),
         expires=expires,
     )
 
 
-def _target(raw: object, at: str) -> str:
-    url = _text(raw, at)
-    parts = urlsplit(url)
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or parts.query
-        or parts.fragment
-        or "@" in parts.netloc
-    ):
-        raise UsageInvalid(f"{at}: '{url}' is not a base URL; write http://HOST:PORT/PATH")
-    return url.rstrip("/")
-
-
-def _only(value: Mapping[str, object], at: str, *allowed: str) -> None:
-    for name in value:
-        if name not in allowed:
-            raise UsageInvalid(f"{at}: unknown key '{name}'; the keys are {', '.join(allowed)}")
-
-
-def _mapping(value: object, at: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UsageInvalid(f"{at}: is not a mapping; write {{...}}")
-    return value
-
-
-def _listing(value: object, at: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise UsageInvalid(f"{at}: is not a list; write [...]")
-    return value
-
-
-def _text(value: object, at: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise UsageInvalid(f"{at}: is not a text; write it in quotes")
-    return value
-
-
-def _whole(value: object, at: str, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UsageInvalid(f"{at}: is not a whole number from {low} to {high}")
-    return value
-
-
-def _number(value: object, at: str, low: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < 1e12:
-        raise UsageInvalid(f"{at}: is not a number of at least {low:g}")
-    return float(value)
+def _target(raw: object, at: str) -> Target:
+    if isinstance(raw, str):
+        return Target(j.url(raw, at))
+    value = j.mapping(raw, at)
+    j.only(value, at, "url", "slots", "profile", "rank", "last")
+    profile = value.get("profile", "")
+    return Target(
+        url=j.url(value.get("url"), f"{at}.url"),
+        slots=j.whole(value.get("slots", 0), f"{at}.slots", 0, 2**20),
+        profile="" if profile == "" else j.text(profile, f"{at}.profile"),
+        rank=j.whole(value.get("rank", 0), f"{at}.rank", 0, 2**20),
+        last=j.flag(value.get("last", False), f"{at}.last"),
+    )

@@ -42,17 +42,23 @@ class Exchange:
     first_byte: float | None = None
     tokens: int | None = None
     tries: int = 0
+    held_seconds: float = 0.0
+    """Time spent in the hold."""
+
     ignored: tuple[str, ...] = ()
     response: web.StreamResponse | None = None
     """Set as soon as something may have been sent."""
 
-    def headers(self) -> dict[str, str]:
-        """Headers of the answer that do not depend on its outcome."""
+    def headers(self, answered: bool = True) -> dict[str, str]:
+        """Headers of the answer that do not depend on its outcome.
+
+        answered: False while nobody has answered; then there is no revision to name, for another may be asked yet.
+        """
         found = {"X-Request-Id": self.id}
         theirs = self.request.headers.get("X-Request-Id", "")
         if _CLIENT_ID.fullmatch(theirs):
             found["X-Client-Request-Id"] = theirs
-        if self.revision is not None:
+        if answered and self.revision is not None:
             found["X-FastServe-Revision"] = self.revision
         if self.ignored:
             names = (name[:LONGEST_FIELD_NAME] for name in self.ignored[:MOST_IGNORED])
@@ -77,6 +83,7 @@ class Exchange:
             "status": self.status,
             "code": self.code,
             "firstByteMs": first,
+            "heldMs": round(self.held_seconds * 1000, 2),
             "totalMs": round((now - self.started) * 1000, 2),
             "tokensOut": self.tokens,
             "tries": self.tries,

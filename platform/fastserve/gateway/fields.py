@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastserve.gateway.answers import bad_request, unsupported
+from fastserve.gateway.forms import Upload
 from fastserve.gateway.schemas import schema
 
 Check = Callable[[Any, str], object]
@@ -114,6 +115,41 @@ def tokens_or_texts(value: Any, param: str) -> object:
         return ids(entry, place) if isinstance(entry, list) else text()(entry, place)
 
     return one_or_each(item, 1, 2048)(value, param)
+
+
+def filled(check: Check) -> Check:
+    """A text that is not empty, or a list without empty ones."""
+
+    def examine(value: Any, param: str) -> object:
+        for entry, place in [(value, param)] if isinstance(value, str) else _places(value, param):
+            if entry == "":
+                raise bad_request(f"'{place}' is empty.", param)
+        return check(value, param)
+
+    return examine
+
+
+def _places(value: Any, param: str) -> list[tuple[Any, str]]:
+    return [(entry, f"{param}[{at}]") for at, entry in enumerate(value)] if isinstance(value, list) else []
+
+
+def written(check: Check) -> Check:
+    """A number that a form holds as text."""
+
+    def examine(value: Any, param: str) -> object:
+        try:
+            return check(float(value), param)
+        except (TypeError, ValueError):
+            raise bad_request(f"'{param}' is not a number.", param) from None
+
+    return examine
+
+
+def upload(value: Any, param: str) -> Upload:
+    """A file of a form."""
+    if not isinstance(value, Upload):
+        raise bad_request(f"'{param}' is not a file.", param)
+    return value
 
 
 def logit_bias(value: Any, param: str) -> dict[str, object]:

@@ -8,11 +8,12 @@ answer's `x-fastserve-ignored`. The engine receives a body written anew from wha
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from fastserve.gateway import fields as f
+from fastserve.gateway import forms, reshape
 from fastserve.gateway.answers import bad_request, unsupported
 
 
@@ -21,13 +22,26 @@ class Endpoint:
     """One route that is passed on to an engine."""
 
     path: str
-    task: str
-    """The task of the models that have this route."""
+    tasks: tuple[str, ...]
+    """The tasks of the models that have this route."""
 
     fields: Mapping[str, f.Check]
     required: tuple[str, ...]
     refused: frozenset[str]
-    streams: bool = False
+    inward: str = ""
+    """The engine's name of the route, where it is another."""
+
+    form: bool = False
+    """Whether it takes a form with a file instead of JSON."""
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """Fields that may stand more than once in a form."""
+        return tuple(name for name in self.fields if name.endswith("[]"))
+
+
+Reshape = Callable[[bytes], tuple[bytes, str]]
+"""An engine's JSON to the body for the client and its content type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +54,10 @@ class Inward:
     stream: bool
     ignored: tuple[str, ...]
     """Fields that were left out because nobody here knows them."""
+
+    content_type: str = "application/json"
+    reshape: Reshape | None = None
+    """Makes the engine's whole answer into the client's; None: it is passed on as it is."""
 
 
 _DANGEROUS = frozenset(
@@ -113,7 +131,7 @@ _TRUNCATE = f.whole(1, 2**31 - 1)
 _EMBEDDINGS: Mapping[str, f.Check] = {
     "dimensions": _TOKENS,
     "encoding_format": f.choice("float", "base64"),
-    "input": f.tokens_or_texts,
+    "input": f.filled(f.tokens_or_texts),
     "truncate_prompt_tokens": _TRUNCATE,
     "user": f.text(512),
 }
@@ -121,20 +139,37 @@ _TEXTS = f.one_or_each(f.text(), 1, 2048)
 _RERANK: Mapping[str, f.Check] = {
     "documents": f.each(f.text(), 1, 2048),
     "query": f.text(),
-    "top_n": f.whole(0, 2048),
+    "top_n": f.whole(1, 2**31 - 1),
     "truncate_prompt_tokens": _TRUNCATE,
 }
 _SCORE: Mapping[str, f.Check] = {"text_1": _TEXTS, "text_2": _TEXTS, "truncate_prompt_tokens": _TRUNCATE}
+_TRANSLATION: Mapping[str, f.Check] = {
+    "file": f.upload,
+    "prompt": f.text(4096),
+    "response_format": f.choice("json", "text", "verbose_json"),
+    "temperature": f.written(f.number(0, 1)),
+}
+_TRANSCRIPTION: Mapping[str, f.Check] = {
+    **_TRANSLATION,
+    "language": f.text(16),
+    "timestamp_granularities[]": f.each(f.choice("word", "segment"), 1, 2),
+}
 
 _REFUSED = _DANGEROUS | _NOT_HONOURED
+_SPOKEN = _REFUSED | {"stream"}
+_VECTORS = _REFUSED | {"messages", "chat_template_kwargs"}
+_RANKS = _REFUSED | {"chat_template_kwargs"}
 ENDPOINTS: Mapping[str, Endpoint] = {
     endpoint.path: endpoint
     for endpoint in (
-        Endpoint("/v1/chat/completions", "generate", _CHAT, ("messages",), _REFUSED | {"documents"}, streams=True),
-        Endpoint("/v1/completions", "generate", _COMPLETIONS, ("prompt",), _REFUSED | {"documents"}, streams=True),
-        Endpoint("/v1/embeddings", "embed", _EMBEDDINGS, ("input",), _REFUSED | {"messages", "chat_template_kwargs"}),
-        Endpoint("/v1/rerank", "score", _RERANK, ("query", "documents"), _REFUSED | {"chat_template_kwargs"}),
-        Endpoint("/v1/score", "score", _SCORE, ("text_1", "text_2"), _REFUSED | {"chat_template_kwargs"}),
+        Endpoint("/v1/chat/completions", ("generate",), _CHAT, ("messages",), _REFUSED | {"documents"}),
+        Endpoint("/v1/completions", ("generate",), _COMPLETIONS, ("prompt",), _REFUSED | {"documents"}),
+        Endpoint("/v1/embeddings", ("embed",), _EMBEDDINGS, ("input",), _VECTORS),
+        # A model that makes vectors ranks by their cosine.
+        Endpoint("/v1/rerank", ("score", "embed"), _RERANK, ("query", "documents"), _RANKS, "/rerank"),
+        Endpoint("/v1/score", ("score", "embed"), _SCORE, ("text_1", "text_2"), _RANKS, "/score"),
+        Endpoint("/v1/audio/transcriptions", ("transcribe",), _TRANSCRIPTION, ("file",), _SPOKEN, form=True),
+        Endpoint("/v1/audio/translations", ("transcribe",), _TRANSLATION, ("file",), _SPOKEN, form=True),
     )
 }
 
@@ -177,13 +212,34 @@ def check(endpoint: Endpoint, given: Mapping[str, Any]) -> Inward:
         if name not in kept:
             raise bad_request(f"'{name}' is missing.", name)
     _agree(endpoint, kept)
+    make = _reshape(endpoint, kept)
+    kind, body = _written(endpoint, kept)
+    return Inward(endpoint.inward or endpoint.path, model, body, bool(kept.get("stream")), tuple(ignored), kind, make)
+
+
+def _written(endpoint: Endpoint, kept: Mapping[str, object]) -> tuple[str, bytes]:
+    """Content type and body for the engine."""
     try:
-        body = json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        if endpoint.form:
+            fields = {name: value for name, value in kept.items() if not isinstance(value, forms.Upload)}
+            (file,) = (value for value in kept.values() if isinstance(value, forms.Upload))
+            return forms.build(fields, file)
+        return "application/json", json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     except UnicodeEncodeError:
         raise bad_request(
             "The body holds half of a surrogate pair; send well-formed text.", code="invalid_json"
         ) from None
-    return Inward(endpoint.path, model, body, bool(kept.get("stream")), tuple(ignored))
+
+
+def _reshape(endpoint: Endpoint, kept: dict[str, object]) -> Reshape | None:
+    """What is to be done with the engine's answer; changes what the engine is asked for where it needs it otherwise."""
+    if endpoint.path == "/v1/rerank":
+        top_n = kept.get("top_n")
+        return lambda body: reshape.ranked(body, top_n if isinstance(top_n, int) else None)
+    if endpoint.form and kept.get("response_format") == "text":
+        kept["response_format"] = "json"
+        return reshape.plain_text
+    return None
 
 
 def _agree(endpoint: Endpoint, kept: dict[str, object]) -> None:
@@ -192,6 +248,9 @@ def _agree(endpoint: Endpoint, kept: dict[str, object]) -> None:
         kept.pop("max_tokens", None)  # the newer name wins
     if endpoint.path == "/v1/chat/completions" and kept.get("top_logprobs") and kept.get("logprobs") is not True:
         raise bad_request("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
+    if "timestamp_granularities[]" in kept and kept.get("response_format") != "verbose_json":
+        words = "'timestamp_granularities[]' needs 'response_format': verbose_json."
+        raise bad_request(words, "timestamp_granularities[]")
     if "stream_options" in kept and not kept.get("stream"):
         raise bad_request("'stream_options' needs 'stream': true.", "stream_options")
     if "tool_choice" in kept and "tools" not in kept:

@@ -12,12 +12,20 @@ import json
 from fastserve.errors import ManifestInvalid
 from fastserve.plan.engine_rules import problems_in
 from fastserve.plan.facts import Hardware, ModelFacts
-from fastserve.plan.memory import KV_BLOCK_TOKENS, plan_cache
+from fastserve.plan.memory import KV_BLOCK_TOKENS, LORA_SLOTS, plan_cache
 from fastserve.plan.revision import Revision
+from fastserve.plan.tasks import is_encoder, is_speech
 from fastserve.spec.serve import SchedulerOptions, Serve
 
 RUNNERS = {"generate": "generate", "embed": "pooling", "score": "pooling", "transcribe": "generate"}
 """vLLM's runner by serve.task."""
+
+_LEAST_CACHE_BYTES = 2**20
+"""What a model without a KV cache is given: told nothing, vLLM wants nearly all of the memory on CPU."""
+
+_BATCHED = "--max-num-batched-tokens"
+LORA_KEPT = 16
+"""Adapters that the engine keeps in main memory beside those in use; others are read again when they are asked for."""
 
 MLFQ = "fastserve.stages.serve.mlfq.scheduler"
 """What vLLM imports for `serve.scheduler: mlfq`."""
@@ -49,19 +57,57 @@ def engine_args(revision: Revision, facts: ModelFacts, hardware: Hardware) -> li
     found = [
         f"--served-model-name={revision.model}",
         f"--runner={RUNNERS[serve.task]}",
-        f"--dtype={serve.engine.dtype}",
+        f"--dtype={_dtype(serve, facts, on_cpu)}",
         f"--max-model-len={cache.context}",
         f"--max-num-seqs={cache.sequences}",
-        "--enable-prefix-caching" if serve.engine.prefix_caching else "--no-enable-prefix-caching",
+        "--enable-prefix-caching" if _keeps_prefixes(serve, facts) else "--no-enable-prefix-caching",
         "--enforce-eager" if eager else "--no-enforce-eager",
     ]
     if cache.kv_cache_bytes is not None:
-        found.append(f"--kv-cache-memory-bytes={cache.kv_cache_bytes}")
+        found.append(f"--kv-cache-memory-bytes={max(cache.kv_cache_bytes, _LEAST_CACHE_BYTES)}")
     if on_cpu and not any(item.split("=")[0] == "--block-size" for item in serve.engine.extra_args):
         found.append(f"--block-size={MLFQ_BLOCK_TOKENS if serve.scheduler == 'mlfq' else KV_BLOCK_TOKENS}")
+    if facts.heard_positions and not any(item.startswith(_BATCHED) for item in serve.engine.extra_args):
+        # vLLM takes a piece of sound whole, and its own number is below that on CPU.
+        found.append(f"{_BATCHED}={max(2048, facts.heard_positions)}")
     if serve.engine.tensor_parallel is not None:
         found.append(f"--tensor-parallel-size={serve.engine.tensor_parallel}")
-    return found + _scheduler_args(serve) + list(serve.engine.extra_args)
+    own = [*found, *_lora_args(revision), *_parser_args(serve, facts), *_scheduler_args(serve)]
+    return [*own, *serve.engine.extra_args]
+
+
+def _dtype(serve: Serve, facts: ModelFacts, on_cpu: bool) -> str:
+    """An encoder's vectors are compared with others that were made long ago, so on CPU it computes as it is stored."""
+    exact = on_cpu and is_encoder(facts.architecture) and facts.dtype == "float32"
+    return "float32" if exact and serve.engine.dtype == "auto" else serve.engine.dtype
+
+
+def _keeps_prefixes(serve: Serve, facts: ModelFacts) -> bool:
+    return serve.engine.prefix_caching and not is_encoder(facts.architecture) and not is_speech(facts.architecture)
+
+
+def _parser_args(serve: Serve, facts: ModelFacts) -> list[str]:
+    """Tool calls and thinking of the families that are known; what extraArgs say comes later and counts."""
+    if serve.task != "generate":
+        return []
+    found = []
+    if facts.tool_parser:
+        found += ["--enable-auto-tool-choice", f"--tool-call-parser={facts.tool_parser}"]
+    if facts.reasoning_parser:
+        found.append(f"--reasoning-parser={facts.reasoning_parser}")
+    return found
+
+
+def _lora_args(revision: Revision) -> list[str]:
+    """Adapters come and go while the engine runs; what it sets aside for them is settled when it starts."""
+    if not revision.lora_rank:
+        return []
+    return [
+        "--enable-lora",
+        f"--max-lora-rank={revision.lora_rank}",
+        f"--max-loras={LORA_SLOTS}",
+        f"--max-cpu-loras={LORA_KEPT}",
+    ]
 
 
 def _scheduler_args(serve: Serve) -> list[str]:

@@ -16,7 +16,7 @@ from fastserve.plan.engine_flags import FLAGS, SWITCHES, VLLM_VERSION
 _TUNING = (
     "async-scheduling attention-backend block-size cpu-offload-gb cudagraph-capture-sizes cudagraph-metrics "
     "default-chat-template-kwargs disable-cascade-attn disable-chunked-mm-input disable-custom-all-reduce "
-    "disable-hybrid-kv-cache-manager disable-log-stats disable-sliding-window enable-auto-tool-choice "
+    "disable-hybrid-kv-cache-manager disable-sliding-window enable-auto-tool-choice "
     "enable-chunked-prefill enable-flashinfer-autotune enable-force-include-usage enable-mfu-metrics "
     "enable-per-request-metrics enable-prompt-tokens-details enable-request-id-headers "
     "exclude-tools-when-tool-choice-none gpu-memory-utilization kv-cache-dtype kv-cache-metrics "
@@ -43,6 +43,7 @@ OWNED = {
     "--hf-token": "spec.source.tokenSecret",
     "--kv-cache-memory-bytes": "spec.serve.engine.kvCache",
     "--lora-modules": "spec.serve.adapters",
+    "--max-lora-rank": "spec.serve.adapters",
     "--max-model-len": "spec.serve.context",
     "--max-num-seqs": "spec.serve.engine.maxSequences",
     "--model": "spec.source",
@@ -82,6 +83,7 @@ REFUSED = {
         "--log-config-file --otlp-traces-endpoint --collect-detailed-traces --kv-events-config "
         "--profiler-config "
     ),
+    "health and scaling read the engine's own counters": "--disable-log-stats ",
     "it lets requests pause or reload the engine": ("--enable-sleep-mode --weight-transfer-config --enable-scale-out "),
 }
 """Flags that open the engine, by reason."""

@@ -82,7 +82,6 @@ def problems_of(
     """Every part of `model` that this version does not run, in the order of the manifest. The rest as for `check`;
     profiles: specs by name."""
     described = profiles or {}
-    known = set(described)
     found = [
         Problem(f"spec.{path}", "pvc:// needs a Kubernetes cluster; use file://, s3://, hf:// or package://")
         for path in _claims(model)
@@ -102,8 +101,22 @@ def problems_of(
     if len(model.spec.compress) > 1 and not any(step.prune for step in model.spec.compress):
         found.append(Problem("spec.compress[1]", "a model is quantised once; keep one of the steps"))
     if model.spec.serve is not None:
-        found.extend(_serve_problems(model.spec.serve, known))
+        found.extend(_task_problems(model))
+        found.extend(_serve_problems(model.spec.serve, described, cluster, local))
     return found
+
+
+def _task_problems(model: Model) -> list[Problem]:
+    """Stages that only models that generate text go through."""
+    task = model.spec.serve.task if model.spec.serve is not None else "generate"
+    stages = {"train": model.spec.train, "compress": model.spec.compress, "evaluate": model.spec.evaluate}
+    if task == "generate":
+        return []
+    return [
+        Problem(f"spec.{name}", f"goes with task: generate, and serve.task is {task}; remove {name}")
+        for name, section in stages.items()
+        if section
+    ]
 
 
 def _claims(model: Model) -> list[str]:
@@ -170,30 +183,55 @@ def _precision_problem(precision: str, kinds: Mapping[str, str | None]) -> Probl
     return None
 
 
-def _serve_problems(serve: Serve, profiles: set[str]) -> list[Problem]:
+def _serve_problems(
+    serve: Serve, profiles: Mapping[str, HardwareProfileSpec], cluster: Collection[str], local: Hardware | None
+) -> list[Problem]:
     found = []
-    if serve.task != "generate":
-        found.append(
-            Problem("spec.serve.task", f"{serve.task} does not run yet; write generate", suggestion="generate")
-        )
-    found.extend(
-        Problem(f"spec.serve.profiles[{index}]", _elsewhere(profile, profiles, (LOCAL,)), suggestion=LOCAL)
-        for index, profile in enumerate(serve.profiles)
-        if profile != LOCAL
-    )
-    if serve.target.ttft is not None:
-        message = "autoscaling does not keep a time to first token yet; remove ttft, target.queue works"
-        found.append(Problem("spec.serve.target.ttft", message))
-    if (serve.engine.tensor_parallel or 1) > 1:
-        message = "a replica runs on one device for now; remove tensorParallel"
-        found.append(Problem("spec.serve.engine.tensorParallel", message))
-    if serve.rollout is not None:
-        message = "a new revision takes all traffic at once when it is ready, for now; remove rollout"
-        found.append(Problem("spec.serve.rollout", message))
-    if serve.adapters:
-        message = "adapters are not served yet; remove them, or train with method: lora, which is merged into the model"
+    if serve.task != "generate" and serve.adapters:
+        message = f"adapters go with task: generate, and this is {serve.task}; remove them"
         found.append(Problem("spec.serve.adapters", message))
+    found.extend(_place_problems(serve, set(profiles), cluster))
+    found.extend(_parallel_problems(serve, profiles, local))
     return found
+
+
+def _place_problems(serve: Serve, profiles: set[str], cluster: Collection[str]) -> list[Problem]:
+    """Profiles that nobody knows, and a list without a single machine. One that has none yet waits for it."""
+    found = []
+    for index, profile in enumerate(serve.profiles):
+        if profile not in {*profiles, *cluster, LOCAL}:
+            there = sorted({*profiles, *cluster})
+            near = nearest(profile, there) or (there[0] if there else LOCAL)
+            message = f"no HardwareProfile is named {profile}, and no machine has its label; write {near}, or add it"
+            found.append(Problem(f"spec.serve.profiles[{index}]", message, suggestion=near))
+    if not found and not set(serve.profiles) & set(cluster):
+        message = _elsewhere(serve.profiles[0], profiles, cluster)
+        found.append(Problem("spec.serve.profiles[0]", message, suggestion=min(cluster, default=LOCAL)))
+    return found
+
+
+def _parallel_problems(
+    serve: Serve, profiles: Mapping[str, HardwareProfileSpec], local: Hardware | None
+) -> list[Problem]:
+    """A replica that asks for more accelerators than a machine of one of its profiles has."""
+    wanted = serve.engine.tensor_parallel or 1
+    if wanted == 1:
+        return []
+    has = {name: _accelerators(name, profiles, local) for name in serve.profiles}
+    least = min(has, key=lambda name: has[name])
+    if wanted <= has[least]:
+        return []
+    instead = f"write {has[least]}" if has[least] > 1 else "remove tensorParallel"
+    message = f"is {wanted}, and a machine of profile {least} has {has[least]} accelerators; {instead}"
+    return [Problem("spec.serve.engine.tensorParallel", message)]
+
+
+def _accelerators(profile: str, profiles: Mapping[str, HardwareProfileSpec], local: Hardware | None) -> int:
+    """Accelerators in one machine of a profile."""
+    if profile in profiles:
+        accelerator = profiles[profile].accelerator
+        return 0 if accelerator is None else accelerator.count
+    return local.accelerators if local is not None else 0
 
 
 def _elsewhere(profile: str, profiles: set[str], cluster: Collection[str]) -> str:

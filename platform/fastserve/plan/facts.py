@@ -53,8 +53,20 @@ class ModelFacts:
     layer_names: tuple[str, ...] = ()
     """Last parts of the names of the matrices in the blocks, such as `q_proj`, sorted; empty: they are not known."""
 
+    layer_shapes: tuple[tuple[str, int, int], ...] = ()
+    """Name, inputs and outputs of those that have one shape in all blocks; what is left out is not known."""
+
     stop_tokens: tuple[int, ...] = ()
     """Ids that end an answer."""
+
+    heard_positions: int = 0
+    """Positions of one piece of sound (30 s of Whisper's); 0: the model reads text."""
+
+    tool_parser: str = ""
+    """How the model writes a call of a tool, as vLLM names it; empty: it does not, or nobody knows."""
+
+    reasoning_parser: str = ""
+    """How it writes its thinking, as vLLM names it; empty: it does not, or nobody knows."""
 
     warnings: tuple[str, ...] = ()
     """What a reader of the plan should know: a wrong end token that was put right, a template that is missing."""

@@ -22,7 +22,7 @@ from fastserve.spec.train import Lora, Scratch, Train
 Role = Literal["model", "data", "adapter"]
 """What an outside source is used as; it decides which types of file may be in it."""
 
-_ONLY_FASTER = {"workers", "elastic", "checkpoint", "activation_checkpointing", "engine"}
+_ONLY_FASTER = {"workers", "elastic", "checkpoint", "activation_checkpointing", "engine", "priority"}
 """Of `train`: what changes speed and memory of a run and not its result."""
 
 

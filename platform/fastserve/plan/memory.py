@@ -14,6 +14,7 @@ from typing import Any
 
 from fastserve.errors import InsufficientMemory
 from fastserve.plan.facts import Hardware, ModelFacts
+from fastserve.plan.tasks import is_encoder
 from fastserve.spec.compress import CompressStep
 from fastserve.spec.serve import Serve
 from fastserve.spec.train import Lora
@@ -31,6 +32,10 @@ ACCELERATOR_RUNTIME_BYTES = 1_500_000_000
 
 _ENGINE_BATCH_TOKENS = 2048
 """Tokens of one engine step for which there must be room."""
+
+
+LORA_SLOTS = 4
+"""Different adapters in one batch of the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +170,12 @@ def plan_cache(facts: ModelFacts, serve: Serve, hardware: Hardware) -> CachePlan
     """
     token_bytes = 2 * facts.layers * facts.kv_heads * facts.head_dim * (4 if serve.engine.dtype == "float32" else 2)
     wanted = serve.context or facts.max_context
+    if is_encoder(facts.architecture):
+        return CachePlan(wanted, serve.engine.max_sequences or min(64, max(16, 8 * hardware.cpus)), 0, token_bytes)
     if hardware.accelerators and serve.engine.kv_cache is None:
         return CachePlan(wanted, serve.engine.max_sequences or 256, None, token_bytes)
     sequences = serve.engine.max_sequences or min(64, max(16, 8 * hardware.cpus))
-    longest = _whole_sequence_bytes(wanted, token_bytes)
+    longest = _whole_sequence_bytes(wanted, token_bytes) + _heard_bytes(facts, token_bytes)
     cache = serve.engine.kv_cache
     if cache is None:
         share = hardware.memory_bytes // 4
@@ -184,13 +191,30 @@ def _whole_sequence_bytes(context: int, token_bytes: int) -> int:
     return (ceil(context / KV_BLOCK_TOKENS) + 1) * KV_BLOCK_TOKENS * token_bytes
 
 
-def serving_memory(facts: ModelFacts, serve: Serve, weight_bytes: int, hardware: Hardware) -> ByteTable:
-    """What one replica needs. weight_bytes: of the artifact that is served, after compression.
+def adapter_slot_bytes(facts: ModelFacts, rank: int) -> int:
+    """What the engine sets aside for one adapter: matrices of the largest rank at every linear layer of the blocks."""
+    stored = 4 if facts.dtype == "float32" else 2
+    return facts.layers * rank * stored * sum(inputs + outputs for inputs, outputs in linear_layers(facts).values())
+
+
+def _heard_bytes(facts: ModelFacts, token_bytes: int) -> int:
+    """Bytes of the keys and values of what was heard, which every position of the answer looks at."""
+    return ceil(facts.heard_positions / KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS * token_bytes
+
+
+def serving_memory(
+    facts: ModelFacts, serve: Serve, weight_bytes: int, hardware: Hardware, lora_rank: int = 0
+) -> ByteTable:
+    """What one replica needs.
+
+    weight_bytes: of the artifact that is served, after compression. lora_rank: largest rank of an adapter; 0: none.
 
     Raises InsufficientMemory when serve.engine.kvCache cannot hold one sequence of serve.context.
     """
     cache = plan_cache(facts, serve, hardware)
-    longest = _whole_sequence_bytes(cache.context, cache.token_bytes)
+    longest = _whole_sequence_bytes(cache.context, cache.token_bytes) + _heard_bytes(facts, cache.token_bytes)
+    if is_encoder(facts.architecture):
+        longest = 0
     kv_cache_bytes = longest if cache.kv_cache_bytes is None else cache.kv_cache_bytes
     if kv_cache_bytes < longest:
         raise InsufficientMemory(
@@ -206,14 +230,27 @@ def serving_memory(facts: ModelFacts, serve: Serve, weight_bytes: int, hardware:
     runtime = ACCELERATOR_RUNTIME_BYTES if accelerated else _ENGINE_BYTES
     what_runtime = "context and graphs, an allowance" if accelerated else "its processes, measured"
     kv_why = f"{tokens:,} tokens of {cache.token_bytes} bytes; context {cache.context:,}"
+    slots = LORA_SLOTS * adapter_slot_bytes(facts, lora_rank)
+    adapters = (ByteLine("adapters", slots, f"{LORA_SLOTS} at a time of rank {lora_rank}"),) if slots else ()
     lines = (
         ByteLine("weights", weight_bytes, "the artifact that is served"),
-        ByteLine("KV cache", kv_cache_bytes, kv_why),
+        *adapters,
+        *((ByteLine("KV cache", kv_cache_bytes, kv_why),) if kv_cache_bytes else ()),
         ByteLine("activations", step + logits, f"one step with {cache.sequences} sequences, an estimate"),
         ByteLine("engine", runtime, what_runtime),
     )
     advice = "Lower serve.context, serve.engine.maxSequences or serve.engine.kvCache, or add a compress step."
     return ByteTable("Memory of one replica", lines, advice=advice)
+
+
+def replica_memory_bytes(serve: Serve, hardware: Hardware, described: bool) -> int:
+    """Memory for one replica on a machine: of its accelerators where a HardwareProfile says that there are some.
+
+    described: whether a HardwareProfile says so. On a machine that is only discovered, main memory is looked at.
+    """
+    if hardware.accelerators and described:
+        return hardware.accelerator_memory_bytes * (serve.engine.tensor_parallel or 1)
+    return hardware.memory_bytes
 
 
 def fits(table: ByteTable, available_bytes: int) -> ByteTable:

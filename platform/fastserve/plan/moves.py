@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fastserve.plan.observed import Pin
 from fastserve.plan.revision import Revision
 from fastserve.plan.stages import StageRequest
 from fastserve.spec.source import Source
@@ -73,6 +74,13 @@ class StopRevision(Move):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RollBack(Move):
+    """Remember that a revision was worse than the one it was to replace, so that it is not tried again."""
+
+    pin: Pin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unpin(Move):
     """Forget a rollback: the manifest no longer asks for what was rolled back from."""
 
@@ -98,7 +106,7 @@ class Refuse(Move):
     """A named end: nothing more will be done until the manifest or the world changes."""
 
     reason: str
-    """Machine-readable word: GateFailed, StageFailed, EngineFailed, ..."""
+    """Machine-readable word: GateFailed, StageFailed, EngineFailed, RolledBack, ..."""
 
     stage: str
     """What is refused: source, train, compress, evaluate or serve."""

@@ -64,13 +64,67 @@ class RevisionState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A revision on the machines of one hardware profile."""
+
+    profile: str
+    state: RevisionState
+    replicas: int
+    """Replicas that answer."""
+
+    wanted: int
+    """Replicas that there should be; 0 where nobody asks and `replicas.min` is 0."""
+
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class LiveRevision:
     """A revision that the serving cluster knows of."""
 
     digest: str
     state: RevisionState
+    """Ready when any of its places answers."""
+
     message: str = ""
     replicas: int = 0
+    """Replicas that answer, over all places."""
+
+    places: tuple[Place, ...] = ()
+    """By profile, in the order of `serve.profiles`."""
+
+    since: float | None = None
+    """Unix seconds at which it was asked to start; None when that is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What the gateway saw of one revision since the traffic was last shared out anew."""
+
+    seconds: float
+    """How long it watched: less than since the shift, when the gateway was started again in between."""
+
+    requests: int = 0
+    """Requests that ended, well or badly."""
+
+    errors: int = 0
+    """Answers of 500 and above, and streams that broke off. What a client did wrong is none."""
+
+    ttft_ms: float | None = None
+    """Median time to the first token."""
+
+    ttft_p95_ms: float | None = None
+    first_tokens: int = 0
+    """Answers that the two times are of."""
+
+    tokens_per_s: float | None = None
+    """Median over answers of each one's speed."""
+
+    slow_tokens_per_s: float | None = None
+    """The speed that 95 % of the answers reach."""
+
+    rates: int = 0
+    """Answers that the speed is of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +133,11 @@ class Pin:
 
     revision: str
     instead_of: str
+    reason: str = ""
+    """Empty when somebody asked for it; RolledBack when the rollout did it by itself."""
+
+    because: str = ""
+    """What was found, in a sentence with its figures; empty when somebody asked for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +163,18 @@ class Observed:
 
     weights: Mapping[str, int] = field(default_factory=dict)
     """Percent of traffic by revision digest, as the gateway routes it now."""
+
+    shifted_at: float | None = None
+    """Unix seconds at which the weights became what they are; None when that is not known."""
+
+    proven: str | None = None
+    """Digest of the last revision that had all the traffic."""
+
+    windows: Mapping[str, Window] = field(default_factory=dict)
+    """What the gateway saw since `shifted_at`, by digest; empty while it does not tell."""
+
+    cluster_since: float | None = None
+    """Unix seconds at which the serving cluster started; None when that is not known."""
 
     pin: Pin | None = None
     known_revisions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -6,7 +6,7 @@ look decides again, and it is the same function on a laptop and in the operator.
     Resolve every outside source
       -> RunStage, one at a time: source, train, compress, evaluate
       -> the gate
-      -> StartRevision -> Shift all traffic -> StopRevision of what got none -> Done
+      -> StartRevision -> Shift traffic, all or step by step -> StopRevision of what got none -> Done
 
 What serves keeps serving all the while: traffic moves only to a revision that is ready, and a revision is stopped
 only when it has no traffic and is not wanted.
@@ -16,20 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fastserve.plan.adapters import adapter_keys, adapter_moves, committed_ranks
 from fastserve.plan.gate import GateOutcome, decide
 from fastserve.plan.keys import candidate_stage, inputs_of, outside, request_for, stage_keys, wanted_stages
 from fastserve.plan.moves import Done, Move, Refuse, Resolve, RunStage, StopAttempt, Wait
-from fastserve.plan.observed import Attempt, AttemptState, Committed, Observed
+from fastserve.plan.observed import AttemptState, Committed, Observed
 from fastserve.plan.revision import Revision, deciding
 from fastserve.plan.rollout import serve_moves, unserve_moves
 from fastserve.plan.stages import Stage
+from fastserve.plan.tries import next_try
 from fastserve.spec.model import Model
-
-BACKOFF_SECONDS = (0.0, 2.0, 10.0)
-"""Wait after the first, second and third failed attempt."""
-
-MAX_ATTEMPTS = len(BACKOFF_SECONDS) + 1
-"""Attempts at one key before it is refused."""
 
 
 def next_moves(model: Model, observed: Observed, now: float) -> list[Move]:
@@ -53,7 +49,15 @@ def next_moves(model: Model, observed: Observed, now: float) -> list[Move]:
     stale = _stale_attempts(model, observed, keys)
     if stale:
         return stale
-    blocked = _stage_moves(model, observed, keys, now) or _gate_moves(model, observed, keys)
+    # An adapter that is refused holds nobody up; one that is on its way is waited for, so that it is there when the
+    # engine is told of it.
+    adapters = adapter_moves(model, observed, now)
+    refused: list[Move] = [move for move in adapters if isinstance(move, Refuse)]
+    blocked = (
+        [move for move in adapters if not isinstance(move, Refuse)]
+        or _stage_moves(model, observed, keys, now)
+        or _gate_moves(model, observed, keys)
+    )
     if model.spec.serve is None:
         leaving = unserve_moves(observed)
         if leaving:
@@ -61,7 +65,8 @@ def next_moves(model: Model, observed: Observed, now: float) -> list[Move]:
         return blocked or [
             Done(because="Every stage has its artifact, and the manifest has no serve section, so nothing is served.")
         ]
-    return serve_moves(observed, wanted_revision(model, observed, keys), blocked)
+    moves = serve_moves(observed, wanted_revision(model, observed, keys), blocked, model.spec.serve.rollout, now)
+    return refused if refused and all(isinstance(move, Done) for move in moves) else moves
 
 
 def wanted_revision(model: Model, observed: Observed, keys: Mapping[Stage, str]) -> Revision | None:
@@ -75,7 +80,7 @@ def wanted_revision(model: Model, observed: Observed, keys: Mapping[Stage, str])
         artifact_stage=stage,
         artifact_key=artifact.key,
         artifact_digest=artifact.digest,
-        serve=deciding(model.spec.serve, observed.digests),
+        serve=deciding(model.spec.serve, committed_ranks(model, observed)),
     )
 
 
@@ -95,7 +100,7 @@ def missing_stages(model: Model, observed: Observed, keys: Mapping[Stage, str]) 
 
 def _stale_attempts(model: Model, observed: Observed, keys: Mapping[Stage, str]) -> list[Move]:
     """Running attempts of this Model that the manifest, as it is now, has no use for."""
-    wanted = set(keys.values())
+    wanted = {*keys.values(), *adapter_keys(model, observed.digests).values()}
     return [
         StopAttempt(
             because=f"The manifest changed, so nobody wants what attempt {attempt.number} at key {key[:8]} is making.",
@@ -118,39 +123,11 @@ def _stage_moves(model: Model, observed: Observed, keys: Mapping[Stage, str], no
         if attempt is not None and attempt.state is AttemptState.RUNNING:
             return [Wait(because=f"{_name(stage)} is running (attempt {attempt.number}).", stage=stage)]
     stage = missing[0]
-    key = keys[stage]
-    attempt = observed.attempts.get(key)
-    if attempt is None:
-        because = f"{_name(stage)} has no artifact yet for what the manifest says now (key {key[:8]})."
-        return [_run(model, observed, stage, 1, because)]
-    tries = attempt.number - observed.forgiven.get(key, 0)
-    if tries <= 0:
-        because = f"{_name(stage)} was asked for again and is tried anew: attempt {attempt.number} {_ended(attempt)}."
-        return [_run(model, observed, stage, attempt.number + 1, because)]
-    if attempt.state is AttemptState.FAILED and attempt.final:
-        reason = attempt.reason or "StageFailed"
-        return [Refuse(because=f"{_name(stage)} {_ended(attempt)}.", reason=reason, stage=stage)]
-    if tries >= MAX_ATTEMPTS:
-        because = (
-            f"{_name(stage)} did not succeed in {tries} attempts; the last one {_ended(attempt)}. "
-            f"`fastserve logs {model.name} {stage}` shows more; `fastserve up` tries again."
-        )
-        return [Refuse(because=because, reason="StageFailed", stage=stage)]
-    return _retry(model, observed, stage, attempt, tries, now)
 
+    def run(number: int, because: str) -> RunStage:
+        return RunStage(because=because, request=request_for(model, stage, observed.digests, number))
 
-def _retry(model: Model, observed: Observed, stage: Stage, attempt: Attempt, tries: int, now: float) -> list[Move]:
-    due = (attempt.ended_at or 0.0) + BACKOFF_SECONDS[tries - 1]
-    story = f"attempt {attempt.number} {_ended(attempt)}"
-    # A clock that was set back must not make the wait longer than it was meant to be.
-    if now < due <= now + BACKOFF_SECONDS[tries - 1]:
-        return [Wait(because=f"{_name(stage)} is tried again in a moment: {story}.", stage=stage, until=due)]
-    because = f"{_name(stage)} is tried again (try {tries + 1} of {MAX_ATTEMPTS}): {story}."
-    return [_run(model, observed, stage, attempt.number + 1, because)]
-
-
-def _run(model: Model, observed: Observed, stage: Stage, number: int, because: str) -> RunStage:
-    return RunStage(because=because, request=request_for(model, stage, observed.digests, number))
+    return next_try(_name(stage), observed, keys[stage], run, now, (model.name, stage.value))
 
 
 def _gate_moves(model: Model, observed: Observed, keys: Mapping[Stage, str]) -> list[Move]:
@@ -181,10 +158,3 @@ def _other_bytes(measured: Committed, candidate: Committed) -> list[Move]:
 def _name(stage: Stage) -> str:
     """The stage as a sentence begins with it."""
     return f"Stage {stage}"
-
-
-def _ended(attempt: Attempt) -> str:
-    if attempt.state is AttemptState.LOST:
-        return "was lost: it ended without a word" + (f" ({attempt.message.rstrip('.')})" if attempt.message else "")
-    told = ": ".join(part for part in (attempt.reason, attempt.message.rstrip(".")) if part)
-    return f"failed ({told})" if told else "failed"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from fastserve.plan.digest import digest_of
-from fastserve.plan.keys import ident_of
+from fastserve.plan.lora import rank_limit
 from fastserve.plan.stages import Stage
 from fastserve.spec.serve import SchedulerOptions, Serve
 
@@ -35,7 +35,14 @@ class Revision:
 
     def section(self) -> Serve:
         """The serve section again, typed; what is not part of a revision has its default."""
-        return Serve.model_validate({key: value for key, value in self.serve.items() if key != "adapters"})
+        return Serve.model_validate(
+            {key: value for key, value in self.serve.items() if key not in ("adapters", "lora")}
+        )
+
+    @property
+    def lora_rank(self) -> int:
+        """Largest rank of an adapter that the engine can be told of while it runs; 0: none can."""
+        return int(self.serve.get("lora", {}).get("rank", 0))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -53,11 +60,11 @@ class Revision:
         )
 
 
-def deciding(serve: Serve, digests: Mapping[str, str]) -> dict[str, Any]:
-    """What in a serve section decides the answers: task, context, scheduler, engine and adapters.
+def deciding(serve: Serve, ranks: Iterable[int] = ()) -> dict[str, Any]:
+    """What in a serve section decides the answers: task, context, scheduler, engine, and the largest adapter.
 
-    digests: by ident, of at least the adapters' sources; an adapter enters by its content. Defaults are written out
-    and sizes are in bytes, so that `1GiB` and `1024MiB` are one revision.
+    ranks: of the adapters that are to be served. Which adapters they are is no part of it: they come and go while the
+    engine runs. Defaults are written out and sizes are in bytes, so that `1GiB` and `1024MiB` are one revision.
     """
     deciders = {"task", "context", "scheduler", "engine"}
     part: dict[str, Any] = serve.model_dump(mode="json", by_alias=True, include=deciders)
@@ -67,7 +74,7 @@ def deciding(serve: Serve, digests: Mapping[str, str]) -> dict[str, Any]:
         options = serve.scheduler_options or SchedulerOptions()
         part["schedulerOptions"] = options.model_dump(by_alias=True)
         part["schedulerOptions"]["starvation"] = f"{max(1, round(options.starvation * 1000))}ms"
-    part["adapters"] = [
-        {"name": adapter.name, "digest": digests[ident_of(adapter.source)]} for adapter in serve.adapters
-    ]
+    limit = rank_limit(ranks)
+    if limit:
+        part["lora"] = {"rank": limit}
     return part

@@ -1,24 +1,34 @@
 """How traffic gets from the revision that serves to the one that is wanted, without a gap.
 
-Three rules carry it: traffic moves only to a revision that is ready; a revision is stopped only when it has no
-traffic and is not wanted; a revision that has traffic but died with its cluster comes back unless its successor is
-already on the way.
+Four rules carry it: traffic moves only to a revision that is ready, and with `serve.rollout` step by step; a revision
+is stopped only when it has no traffic and is not wanted; a revision that has traffic but died with its cluster comes
+back unless its successor is already on the way; at rest one revision has all the traffic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 from fastserve.plan.moves import Done, Move, Refuse, Shift, StartRevision, StopRevision, Unpin, Wait
 from fastserve.plan.observed import LiveRevision, Observed, Pin, RevisionState
 from fastserve.plan.revision import Revision
+from fastserve.plan.steps import ROLLED_BACK, answers, fallen_moves, live_of, routed, step_moves
+from fastserve.spec.serve import Rollout, Serve
+
+START_SECONDS = 3600.0
+"""Longest time that an engine may take to come up before it is called failed."""
 
 
-def serve_moves(observed: Observed, wanted: Revision | None, blocked: Sequence[Move]) -> list[Move]:
+def serve_moves(
+    observed: Observed, wanted: Revision | None, blocked: Sequence[Move], rollout: Rollout | None, now: float
+) -> list[Move]:
     """What to do so that the right revision gets the traffic.
 
     wanted: the revision that the manifest asks for; None while its artifact is still to be made.
     blocked: what has to happen before `wanted` may serve: stages to run, or a refusal. Empty: it may.
+    rollout: how it takes over; None: it gets all traffic when it is ready.
+    now: Unix seconds.
     """
     pin = observed.pin
     dropped: list[Move] = []
@@ -29,10 +39,27 @@ def serve_moves(observed: Observed, wanted: Revision | None, blocked: Sequence[M
         )
         dropped, pin = [Unpin(because=because)], None
     if pin is not None and pin.revision not in observed.known_revisions:
-        return [_unknown_pin(pin, observed)]
+        return _settle([*_hold(observed), _unknown_pin(pin, observed)])
     target = _target(observed, wanted, pin, blocked)
-    serving = _towards(observed, target, pin) if target is not None else _hold(observed)
+    serving = _towards(observed, target, pin, rollout, now) if target is not None else _hold(observed)
     return [*dropped, *_settle([*serving, *blocked])]
+
+
+def replica_bounds(serve: Serve, weights: Mapping[str, int], digest: str, pin: Pin | None = None) -> tuple[int, int]:
+    """Fewest and most replicas of one revision, over all its profiles, beside the others that there are.
+
+    A new revision starts with one replica beside those that serve; while both have traffic, each has its share of
+    `replicas`, rounded up, so there is never more than one replica on top. pin: a rollback is brought up whole.
+    """
+    least, most = serve.replicas.min, serve.replicas.max
+    others = sum(weight for other, weight in weights.items() if other != digest)
+    mine = weights.get(digest, 0)
+    pinned = pin is not None and pin.revision == digest
+    if serve.rollout is None or others == 0 or pinned:
+        return least, most
+    if mine == 0:
+        return 1, 1
+    return math.ceil(least * mine / (mine + others)), math.ceil(most * mine / (mine + others))
 
 
 def unserve_moves(observed: Observed) -> list[Move]:
@@ -63,22 +90,83 @@ def _target(observed: Observed, wanted: Revision | None, pin: Pin | None, blocke
 
 def _hold(observed: Observed) -> list[Move]:
     """Keep what serves, while nothing new may."""
-    return [*_recover(observed), *_clean(observed, wanted=None)]
+    return [*_gather(observed, routed(observed), recovers=True), *_recover(observed), *_clean(observed, wanted=None)]
 
 
-def _towards(observed: Observed, target: Revision, pin: Pin | None) -> list[Move]:
-    live = _live(observed, target.digest)
-    obsolete = _clean(observed, target)
+def _towards(observed: Observed, target: Revision, pin: Pin | None, rollout: Rollout | None, now: float) -> list[Move]:
+    live, obsolete = live_of(observed, target.digest), _clean(observed, target)
+    others = routed(observed, besides=target.digest)
+    at_once = pin is not None or rollout is None or target.digest == observed.proven
+    if live is not None and live.state is RevisionState.READY:
+        if rollout is None or at_once or not _beside(observed, target, others):
+            return _all_to(observed, target) or obsolete or [_finished(target, pin)]
+        if len(others) > 1:
+            return [*obsolete, *_gather(observed, others)]
+        return [*obsolete, *step_moves(observed, target, others[0], rollout, now)]
+    if observed.weights.get(target.digest, 0) > 0 and others:
+        if not at_once and answers(observed, others[0]):
+            return [*obsolete, *fallen_moves(observed, target, others[0])]
+        failed = live is not None and live.state is RevisionState.FAILED
+        given = _gather(observed, others, alone=True) if failed else []
+        if given:
+            return given
+    settled = [*obsolete, *_gather(observed, others)]
     if live is None or live.state is RevisionState.STOPPING:
-        return [*obsolete, StartRevision(because=_why_start(observed, target, pin), revision=target)]
-    if live.state is RevisionState.STARTING:
-        return [*obsolete, Wait(because=f"Revision {target.short} is starting: its engine loads.", stage="serve")]
+        return [*settled, StartRevision(because=_why_start(observed, target, pin), revision=target)]
     if live.state is RevisionState.FAILED:
-        return [*_recover(observed), *obsolete, _engine_failed(observed, target, live)]
-    if {digest: weight for digest, weight in observed.weights.items() if weight} != {target.digest: 100}:
-        because = f"Revision {target.short} is ready, so it takes all traffic."
-        return [Shift(because=because, weights={target.digest: 100})]
-    return obsolete or [Done(because=_why_done(target, pin))]
+        return [*_recover(observed), *settled, _engine_failed(observed, target, live.message)]
+    late = _too_long(observed, target, live, now)
+    if late is not None:
+        return [*_recover(observed), *settled, late]
+    return [*settled, Wait(because=f"Revision {target.short} is starting: its engine loads.", stage="serve")]
+
+
+def _beside(observed: Observed, target: Revision, others: Sequence[str]) -> bool:
+    """Whether there is a revision to take the traffic over from step by step: one that answers, or, with the traffic
+    already shared, one that may answer again."""
+    if not others:
+        return False
+    live = live_of(observed, others[0])
+    back = observed.weights.get(target.digest, 0) > 0 and live is not None and live.state is RevisionState.STARTING
+    return answers(observed, others[0]) or back
+
+
+def _all_to(observed: Observed, target: Revision) -> list[Move]:
+    if {digest: weight for digest, weight in observed.weights.items() if weight} == {target.digest: 100}:
+        return []
+    because = f"Revision {target.short} is ready, so it takes all traffic."
+    return [Shift(because=because, weights={target.digest: 100})]
+
+
+def _gather(observed: Observed, among: Sequence[str], recovers: bool = False, alone: bool = False) -> list[Move]:
+    """Give the traffic of several revisions, none of which is wanted, to the one that had all of it before.
+
+    among: in the order of `routed`. recovers: those that are gone will be brought back, and are waited for. alone: also
+    when it is one.
+    """
+    if len(among) < 2 and not alone:
+        return []
+    for digest in among:
+        if answers(observed, digest):
+            because = f"Revision {digest[:8]} takes all traffic: what it was shared with is not wanted any more."
+            return [Shift(because=because, weights={digest: 100})]
+        live = live_of(observed, digest)
+        if live is not None and live.state is RevisionState.STARTING:
+            return [Wait(because=f"Revision {digest[:8]} is starting, and gets all traffic then.", stage="serve")]
+        if recovers and (live is None or live.state is RevisionState.STOPPING):
+            return []
+    return []
+
+
+def _too_long(observed: Observed, target: Revision, live: LiveRevision, now: float) -> Refuse | None:
+    """A refusal for an engine that never comes up, nor says that it does not."""
+    if live.since is None or observed.weights.get(target.digest, 0) > 0:
+        return None
+    if now - max(live.since, observed.cluster_since or 0.0) <= START_SECONDS:
+        return None
+    return _engine_failed(
+        observed, target, f"it has been starting for over {START_SECONDS / 60:.0f} minutes. {live.message}"
+    )
 
 
 def _clean(observed: Observed, wanted: Revision | None) -> list[Move]:
@@ -106,7 +194,7 @@ def _recover(observed: Observed) -> list[Move]:
         for digest, weight in sorted(observed.weights.items())
         if weight > 0
         and digest in observed.known_revisions
-        and ((live := _live(observed, digest)) is None or live.state is RevisionState.STOPPING)
+        and ((live := live_of(observed, digest)) is None or live.state is RevisionState.STOPPING)
     ]
     return [
         StartRevision(
@@ -117,37 +205,30 @@ def _recover(observed: Observed) -> list[Move]:
     ]
 
 
-def _live(observed: Observed, digest: str) -> LiveRevision | None:
-    return next((live for live in observed.revisions if live.digest == digest), None)
-
-
-def _serving(observed: Observed, besides: str) -> list[str]:
-    """Short digests of the revisions that have traffic."""
-    return [digest[:8] for digest, weight in sorted(observed.weights.items()) if weight > 0 and digest != besides]
-
-
 def _why_start(observed: Observed, target: Revision, pin: Pin | None) -> str:
     if pin is not None:
         return f"Rolled back from revision {pin.instead_of[:8]}, so revision {target.short} is started."
-    others = _serving(observed, besides=target.digest)
+    others = [digest[:8] for digest in routed(observed, besides=target.digest)]
     beside = f"; {', '.join(others)} keeps the traffic until it is ready" if others else ""
     artifact = f"the {target.artifact_stage} artifact {target.artifact_digest[:8]}"
     return f"Revision {target.short} of {artifact} may serve and is not up{beside}."
 
 
-def _why_done(target: Revision, pin: Pin | None) -> str:
-    if pin is not None:
-        return (
-            f"Revision {target.short} serves all traffic: it was rolled back to from {pin.instead_of[:8]}, "
-            "and stays until the manifest asks for something else."
-        )
-    return f"Revision {target.short} serves all traffic, as the manifest asks."
+def _finished(target: Revision, pin: Pin | None) -> Move:
+    if pin is None:
+        return Done(because=f"Revision {target.short} serves all traffic, as the manifest asks.")
+    if pin.reason == ROLLED_BACK:
+        return Refuse(because=pin.because, reason=ROLLED_BACK, stage="serve")
+    return Done(
+        because=f"Revision {target.short} serves all traffic: it was rolled back to from {pin.instead_of[:8]}, "
+        "and stays until the manifest asks for something else."
+    )
 
 
-def _engine_failed(observed: Observed, target: Revision, live: LiveRevision) -> Refuse:
-    others = _serving(observed, besides=target.digest)
+def _engine_failed(observed: Observed, target: Revision, message: str) -> Refuse:
+    others = [digest[:8] for digest in routed(observed, besides=target.digest)]
     kept = f" Revision {', '.join(others)} keeps the traffic." if others else ""
-    told = f": {live.message.strip().rstrip('.')}" if live.message.strip() else ""
+    told = f": {message.strip().rstrip('.')}" if message.strip() else ""
     more = f"`fastserve logs {target.model} serve` shows more."
     because = f"The engine of revision {target.short} did not come up{told}.{kept} {more}"
     return Refuse(because=because, reason="EngineFailed", stage="serve")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from fastserve.plan.facts import DatasetFacts
 from fastserve.plan.keys import stage_keys, wanted_stages
+from fastserve.plan.lora import AdapterFacts, rank_limit
 from fastserve.plan.memory import ByteTable
 from fastserve.plan.observed import AttemptState, Observed
 from fastserve.plan.pipeline import missing_stages
@@ -67,6 +68,23 @@ class DatasetLine:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterLine:
+    """An adapter in the plan."""
+
+    name: str
+    facts: AdapterFacts
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values with the manifest's kind of keys."""
+        return {
+            "name": self.name,
+            "rank": self.facts.rank,
+            "modules": list(self.facts.modules),
+            "bytes": self.facts.size_bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Sheet:
     """The plan of one Model."""
 
@@ -76,6 +94,7 @@ class Sheet:
 
     datasets: tuple[DatasetLine, ...] = ()
     tables: tuple[ByteTable, ...] = ()
+    adapters: tuple[AdapterLine, ...] = ()
     training: TrainingPlan | None = None
     """How the train stage is shared; None without one."""
 
@@ -88,6 +107,11 @@ class Sheet:
         """Estimate of everything that will run."""
         return sum(line.seconds or 0.0 for line in self.stages)
 
+    @property
+    def lora_rank(self) -> int:
+        """Largest rank that the engine is started for; 0 without adapters."""
+        return rank_limit(line.facts.rank for line in self.adapters)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values with the manifest's kind of keys."""
         return {
@@ -97,6 +121,8 @@ class Sheet:
             "datasets": [line.to_json() for line in self.datasets],
             "memory": [table.to_json() for table in self.tables],
             "training": None if self.training is None else self.training.to_json(),
+            "adapters": [line.to_json() for line in self.adapters],
+            "loraRankLimit": self.lora_rank,
             "warnings": list(self.warnings),
             "refusals": list(self.refusals),
         }

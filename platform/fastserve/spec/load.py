@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from fastserve.errors import ManifestInvalid, Problem
 from fastserve.spec.ambiguous import ambiguities
+from fastserve.spec.applied import lost_nulls, without_note
 from fastserve.spec.model import API_VERSION, GROUP, AccessKey, HardwareProfile, Model
 from fastserve.spec.nearest import KIND_HABITS, kind_advice
 from fastserve.spec.problems import problems_of
@@ -141,6 +142,7 @@ def _manifest(tree: Tree, file: str | None, folder: Path | None) -> tuple[Manife
         return None, problems
     wishes = _wishes(tree)
     problems += ambiguities(wishes, kind, file=file)
+    problems += lost_nulls(tree, kind, file)
     context = {CONTEXT_PLACE: lambda path: _place(path, folder)} if folder else {}
     try:
         manifest: Manifest | None = kind.model_validate(to_plain(wishes), by_alias=True, by_name=False, context=context)
@@ -179,7 +181,7 @@ def _wishes(tree: Block) -> Block:
     metadata = entries.get("metadata")
     if metadata is not None and isinstance(metadata.node, Block):
         kept = {k: e for k, e in metadata.node.entries.items() if k not in _WRITTEN_BY_THE_SERVER["metadata"]}
-        block = Block(kept, metadata.node.line, metadata.node.size)
+        block = without_note(Block(kept, metadata.node.line, metadata.node.size))
         entries["metadata"] = type(metadata)(metadata.line, block)
     return Block(entries, tree.line, tree.size)
 

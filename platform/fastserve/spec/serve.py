@@ -21,6 +21,9 @@ class Replicas(Section):
     max: Positive = 1
     """Replicas allowed when everybody is."""
 
+    idle: Annotated[Duration, Field(gt=0)] = 300.0
+    """With `min: 0`, how long nobody must have asked before the last replica goes."""
+
     @model_validator(mode="before")
     @classmethod
     def _min_alone_raises_max(cls, value: object) -> object:
@@ -132,6 +135,10 @@ class Serve(Section):
 
     replicas: Replicas = Field(default_factory=Replicas)
     """Bounds of autoscaling."""
+
+    priority: Whole = 0
+    """Who gives way on shared machines: for a replica that finds no machine, training runs with a smaller
+    train.priority and with elastic give up a worker. Between requests, `scheduler` decides."""
 
     target: Target = Field(default_factory=Target)
     """What autoscaling keeps, as far as `replicas` allows."""

@@ -61,6 +61,9 @@ class FieldShape:
     description: str
     """One line."""
 
+    nullable: bool
+    """Whether null may stand there: a limit that it switches off."""
+
     @property
     def shown_default(self) -> str:
         """The default as a manifest would say it; empty where there is none."""
@@ -93,6 +96,7 @@ def fields_of(section: type[Section]) -> dict[str, FieldShape]:
             required=info.is_required(),
             default=None if default is PydanticUndefined else default,
             description=one_line(info.description or ""),
+            nullable=_is_union(info.annotation) and types.NoneType in get_args(info.annotation),
         )
     return shapes
 
@@ -122,7 +126,7 @@ def _shape(annotation: Any, metadata: Sequence[Any]) -> Shape:
     if origin is Annotated:
         inner, *more = get_args(annotation)
         return _shape(inner, [*metadata, *spread(more)])
-    if origin in (Union, types.UnionType):
+    if _is_union(annotation):
         present = [item for item in get_args(annotation) if item is not types.NoneType]
         return _shape(present[0], metadata)
     if origin is Literal:
@@ -139,6 +143,10 @@ def _shape(annotation: Any, metadata: Sequence[Any]) -> Shape:
         return Shape("source" if annotation is Source else "block", annotation, form)
     words = form.words if form else {str: "text", bool: "true or false"}.get(annotation, "value")
     return Shape(words + _bounds(metadata, form), None, form)
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType)
 
 
 def spread(metadata: Sequence[Any]) -> Iterator[Any]:

@@ -114,6 +114,40 @@ def _gate() -> Schema:
     return _block("What the gate says of the candidate.", gate)
 
 
+def _place() -> Schema:
+    place = {
+        "profile": _text("Hardware profile."),
+        "state": _text("starting, ready, failed or stopping."),
+        "replicas": _count("Replicas that answer."),
+        "wanted": _count("Replicas there shall be, as autoscaling decided."),
+        "message": _text("Why it is not ready."),
+    }
+    return _block("A revision on the machines of one profile.", place, ("profile",))
+
+
+def _rollout() -> Schema:
+    """Where it stands; figures of the moment are the gateway's to tell, or the status would be written every second."""
+    rollout = {
+        "revision": _text("Digest of the new revision."),
+        "from": _text("Digest of the revision that it is to replace."),
+        "weight": _count("Percent of traffic of the new one.", maximum=100),
+        "step": _count("Number of the step, from 1."),
+        "steps": {"description": "Percent of traffic by step.", "type": "array", "items": _count("Percent.")},
+        "holdSeconds": _figure("How long each step is watched."),
+    }
+    return _block("A new revision that takes over step by step.", rollout)
+
+
+def _pin() -> Schema:
+    pin = {
+        "revision": _text("Digest of the revision that serves."),
+        "insteadOf": _text("Digest of the one that the manifest asks for."),
+        "reason": _text("RolledBack, or ByHand."),
+        "message": _text("What was found, with its figures."),
+    }
+    return _block("A rollback, while it holds.", pin)
+
+
 def _revisions() -> Schema:
     revision = {
         "digest": _text("Digest of everything that decides what is served."),
@@ -122,6 +156,7 @@ def _revisions() -> Schema:
         "weight": _count("Percent of traffic.", maximum=100),
         "replicas": _count("Replicas that answer."),
         "message": _text("Why it is not ready."),
+        "places": _list_by("profile", "Where it runs.", _place()),
     }
     item = _block("One revision.", revision, ("digest",))
     return _list_by("digest", "Revisions that a rollback may go to, the newest first.", item)
@@ -138,6 +173,8 @@ def of_model() -> Schema:
             "gate": _gate(),
             "revision": _text("Revision that serves, its first 8 digits."),
             "revisions": _revisions(),
+            "rollout": _rollout(),
+            "pin": _pin(),
             "replicas": _count("Replicas that answer, over all revisions."),
             "selector": _text("Labels of the pods that serve, as text: what autoscalers ask for."),
             "url": _text("Where it answers."),

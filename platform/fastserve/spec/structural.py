@@ -97,7 +97,7 @@ def _key(section: type[Section], field: FieldShape, annotation: Any, metadata: S
         schema["not"] = {"required": ["vocab_size"]}
     if _has_default(section, field):
         schema["default"] = _written(field)
-        if _may_be_null(annotation):
+        if field.nullable:
             schema["nullable"] = True
     return schema
 
@@ -125,10 +125,6 @@ def _written(field: FieldShape) -> Any:
     if field.shape.form is not None and field.shape.form.write is not None:
         return field.shape.form.write(field.default)
     return field.default
-
-
-def _may_be_null(annotation: Any) -> bool:
-    return get_origin(annotation) in (Union, types.UnionType) and types.NoneType in get_args(annotation)
 
 
 def _value(annotation: Any, metadata: Sequence[Any]) -> Schema:

@@ -47,7 +47,8 @@ class Elastic(Section):
     """How far a run may shrink when machines are lost."""
 
     min_workers: Positive
-    """Fewest workers to go on with; one that comes back is taken in again, up to what workers lists."""
+    """Fewest workers to go on with; one that comes back is taken in again, up to what workers lists. Machines that go
+    to a model that serves (`priority`) leave at least so many."""
 
 
 class Checkpoint(Section):
@@ -154,7 +155,11 @@ class Train(Section):
     """Training workers, unequal if need be."""
 
     elastic: Elastic | None = None
-    """Absent: the run keeps the size it was given."""
+    """Absent: the run keeps the size it was given, whatever the priorities say."""
+
+    priority: Whole = 0
+    """Who gives way on shared machines: a run with elastic gives workers, down to minWorkers, to replicas whose
+    serve.priority is larger, and takes them back when those are gone."""
 
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     """When training state is saved."""

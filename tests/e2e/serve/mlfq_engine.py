@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from fastserve.artifacts.describe import describe
 from fastserve.plan.engine import engine_args, engine_env
 from fastserve.plan.facts import Hardware
@@ -20,6 +22,10 @@ from fastserve.spec.serve import Serve
 from fastserve.stages.serve.server import parse, prepare_environment
 
 REQUESTS = 40
+STRICT = range(2, REQUESTS, 5)
+"""Requests for structured output, short and long ones among them."""
+
+LETTERS = "[a-z ]*"
 MACHINE = Hardware(cpus=2, memory_bytes=8 * 2**30)
 
 
@@ -35,7 +41,7 @@ def workload() -> list[tuple[int, list[int], int]]:
 
 def engine_of(model: Path, section: dict[str, Any]) -> Any:
     serve = Serve.model_validate(section)
-    revision = Revision("tiny", Stage.SOURCE, "k" * 64, "d" * 64, deciding(serve, {}))
+    revision = Revision("tiny", Stage.SOURCE, "k" * 64, "d" * 64, deciding(serve))
     prepare_environment(engine_env(revision, MACHINE))
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -46,6 +52,7 @@ def engine_of(model: Path, section: dict[str, Any]) -> Any:
 
 def main() -> None:
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
     engine = engine_of(Path(sys.argv[1]), json.loads(sys.argv[2]))
     coming, answers, step = workload(), {}, 0
@@ -53,14 +60,20 @@ def main() -> None:
         while step < when:
             step += 1
             _take(engine, answers)
-        parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        wanted = StructuredOutputsParams(regex=LETTERS) if number in STRICT else None
+        parameters = SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, structured_outputs=wanted
+        )
         engine.add_request(str(number), {"prompt_token_ids": prompt}, parameters)
     while engine.has_unfinished_requests():
         _take(engine, answers)
     scheduler = engine.engine_core.engine_core.scheduler
     counters = {name: getattr(scheduler, name, 0) for name in ("preemptions", "demotions", "promotions")}
     ids = [answers[str(number)] for number in range(REQUESTS)]
-    sys.stdout.write("\n" + json.dumps({"ids": ids, "scheduler": type(scheduler).__name__, **counters}) + "\n")
+    read = Tokenizer.from_file(str(Path(sys.argv[1]) / "tokenizer.json")).decode
+    strict = [read(ids[number]) for number in STRICT]
+    found = {"ids": ids, "strict": strict, "scheduler": type(scheduler).__name__, **counters}
+    sys.stdout.write("\n" + json.dumps(found) + "\n")
 
 
 def _take(engine: Any, answers: dict[str, list[int]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,6 +41,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, 
 def first_come(served: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     found = served(scheduler="fcfs")
     assert found["scheduler"] == "Scheduler"
+    assert len(found["strict"]) == 8
+    assert all(re.fullmatch("[a-z ]+", text) for text in found["strict"])
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -178,6 +179,67 @@ def test_a_tenant_of_better_priority_goes_first_at_any_level(engine: Make) -> No
     request_alone = engine(slots=2, blocks=200, options={"quantum": 16}).run([asked("high", 0.2, 16, 200)])["high"]
     assert answers["high"].seconds < 1.1 * request_alone.seconds
     assert found.scheduler.preemptions > 0
+
+
+def watched(engine: VirtualEngine, work: list[Asked]) -> list[tuple[float, int, set[str]]]:
+    """(time, preemptions so far, who runs) after each step."""
+    found, coming = [], sorted(work, key=lambda one: one.arrives)
+    while coming or engine.busy:
+        while coming and coming[0].arrives <= engine.now:
+            engine.submit(coming.pop(0))
+        engine.step()
+        running = {request.request_id for request in engine.scheduler.running}
+        found.append((engine.now, engine.scheduler.preemptions, running))
+    return found
+
+
+@DEPTHS
+def test_nobody_gives_way_to_a_request_whose_grammar_is_not_compiled(engine: Make, depth: int) -> None:
+    """While it waits, and all slots are taken; as soon as the grammar is there, somebody does."""
+    work = [asked(f"long{n}", 0.0, 16, 300) for n in range(2)]
+    work.append(replace(asked("strict", 0.5, 16, 8), grammar_after=1.0))
+    found = engine(depth=depth, slots=2, blocks=200, options={"quantum": 16})
+    steps = watched(found, work)
+    assert max(preemptions for now, preemptions, _ in steps if now < 1.5) == 0
+    assert found.answers["strict"].first < 1.5
+    assert min(now for now, _, running in steps if "strict" in running) < 1.6
+    assert all(answer.tokens == right_tokens(answer.asked) for answer in found.answers.values())
+
+
+def test_a_request_without_its_grammar_keeps_nobody_behind_it_waiting(engine: Make) -> None:
+    work = [asked(f"long{n}", 0.0, 16, 300) for n in range(2)]
+    work.append(replace(asked("strict", 0.5, 16, 8), grammar_after=5.0))
+    work.append(asked("short", 0.6, 16, 8))
+    answers = engine(slots=2, blocks=200, options={"quantum": 16}).run(work)
+    assert answers["short"].seconds < 0.3
+    assert answers["strict"].first > 4.9
+
+
+@DEPTHS
+def test_nobody_gives_way_to_a_request_whose_adapter_has_no_place(engine: Make, depth: int) -> None:
+    """A batch has room for one adapter; requests for it and for none go on as ever."""
+    work = [replace(asked(f"long{n}", 0.0, 16, 200), adapter=1) for n in range(2)]
+    work += [replace(asked("other", 0.5, 16, 8), adapter=2), replace(asked("same", 1.0, 16, 8), adapter=1)]
+    work.append(asked("plain", 1.5, 16, 8))
+    found = engine(depth=depth, slots=2, blocks=200, options={"quantum": 16}, adapters=1)
+    steps = watched(found, work)
+    assert max(preemptions for now, preemptions, _ in steps if now < 1.0) == 0
+    assert found.answers["same"].seconds < 0.3
+    assert found.answers["plain"].seconds < 0.3
+    assert steps[-1][1] == 2
+    last = min(found.answers[f"long{n}"].times[-1] for n in range(2))
+    assert found.answers["other"].times[0] > last
+    assert all(answer.tokens == right_tokens(answer.asked) for answer in found.answers.values())
+
+
+def test_of_two_new_adapters_the_one_that_fits_makes_room_alone(engine: Make) -> None:
+    work = [asked(f"long{n}", 0.0, 16, 200) for n in range(2)]
+    work += [replace(asked(f"new{n}", 0.5, 16, 8), adapter=n) for n in (1, 2)]
+    found = engine(slots=2, blocks=200, options={"quantum": 16}, adapters=1)
+    steps = watched(found, work)
+    assert max(len(running & {"new1", "new2"}) for _, _, running in steps) == 1
+    assert steps[-1][1] == 1  # the second one takes the place of the first
+    assert max(found.answers[f"new{n}"].seconds for n in (1, 2)) < 0.5
 
 
 def test_a_long_prompt_does_not_hold_up_short_ones(engine: Make) -> None:

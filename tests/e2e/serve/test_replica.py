@@ -28,6 +28,7 @@ from fastserve.cluster.ray_head import RayHead
 from fastserve.cluster.ray_serve import AppStatus, ServeApi, app_for
 from fastserve.plan import engine_flags
 from fastserve.plan.facts import Hardware
+from fastserve.plan.placement import Bounds
 from fastserve.plan.revision import Revision
 from fastserve.plan.stages import Stage, StageRequest
 from fastserve.spec.serve import Serve
@@ -57,7 +58,8 @@ class Served:
         record = attempts.find(self.store, Stage.SOURCE, KEY)
         assert record is not None
         facts = describe(attempts.fetch(self.store, record) / "model")
-        return app_for(self.revision, section, self.store.uri, facts, MACHINE)
+        bounds = Bounds("local", section.replicas.min, section.replicas.max, "")
+        return app_for(self.revision, section, self.store.uri, facts, MACHINE, bounds)
 
     @property
     def url(self) -> str:

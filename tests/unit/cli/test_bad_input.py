@@ -224,10 +224,10 @@ def test_a_model_that_cannot_fit_shows_the_byte_table(fastserve, manifest) -> No
 
 def test_what_cannot_run_yet_is_refused_by_name(fastserve, manifest, tmp_path: Path) -> None:
     rows(tmp_path / "rows.jsonl")
-    spec = f"{{source: '{SMOL}', train: {{dataset: rows.jsonl, method: qlora}}, serve: {{rollout: {{}}, task: embed}}}}"
+    spec = f"{{source: '{SMOL}', train: {{dataset: rows.jsonl, method: qlora}}, serve: {{task: embed}}}}"
     done = fastserve("plan", manifest(spec))
     assert done.code == 3
-    for word in ("train.method", "serve.rollout", "serve.task"):
+    for word in ("train.method", "serve.task"):
         assert word in done.err
 
 

@@ -71,6 +71,12 @@ def test_the_rest_is_a_sentence_each() -> None:
     ]
 
 
+def test_a_run_that_lends_machines_says_so_first() -> None:
+    size = "training with 1 of 2 workers: training lends 1 machine of profile large to chat"
+    assert training.sentences({**METRICS, "size": size}) == [size, *training.sentences(METRICS)]
+    assert training.size_of({"size": ""}) == ""
+
+
 def test_a_finished_run_shows_where_it_began_and_its_best_step() -> None:
     ended = {
         "firstLoss": 5.0,

@@ -71,10 +71,41 @@ def test_a_pin_holds_until_it_is_taken_away(home: Home) -> None:
     assert home.pin("chat") is None
 
 
+def test_a_pin_keeps_its_reason(home: Home) -> None:
+    pin = Pin("a", "b", "RolledBack", "It was slow.")
+    home.set_pin("chat", pin)
+    assert home.pin("chat") == pin
+    home.write_json("models/chat/pin.json", {"revision": "a", "instead_of": "b"})  # as older versions wrote it
+    assert home.pin("chat") == Pin("a", "b")
+
+
+def test_weights_keep_their_time_and_who_had_all(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("fastserve.cluster.home.time.time", lambda: now[0])
+    assert (home.weights("chat"), home.shifted_at("chat"), home.proven("chat")) == ({}, None, None)
+    home.set_weights("chat", {"a": 100}, "It is ready.")
+    now[0] = 110.0
+    home.set_weights("chat", {"a": 95, "b": 5})
+    now[0] = 120.0
+    home.set_weights("chat", {"a": 95, "b": 5})  # doing so again changes nothing
+    assert (home.weights("chat"), home.shifted_at("chat"), home.proven("chat")) == ({"a": 95, "b": 5}, 110.0, "a")
+    now[0] = 90.0  # the clock was set back
+    home.set_weights("chat", {"a": 95, "b": 5})
+    assert home.shifted_at("chat") == 90.0
+    home.set_weights("chat", {})
+    assert (home.weights("chat"), home.proven("chat")) == ({}, None)
+
+
+def test_weights_of_an_older_version_are_read(home: Home) -> None:
+    home.write_json("models/chat/weights.json", {"a": 100})
+    assert (home.weights("chat"), home.shifted_at("chat"), home.proven("chat")) == ({"a": 100}, None, "a")
+
+
 def test_what_serves_is_found_again(home: Home) -> None:
     home.start_serving("chat-1234", revision())
     home.start_serving("chat-1234", revision())
     assert home.serving() == {"chat-1234": revision()}
+    assert home.serving_since().keys() == {"chat-1234"}
     home.stop_serving("chat-1234")
     home.stop_serving("chat-1234")
     assert home.serving() == {}

@@ -31,6 +31,9 @@ class Head:
     serve: dict[str, Any] = field(default_factory=dict)
     put: dict[str, Any] = field(default_factory=dict)
     submitted: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    """Logs beside that of Serve's controller, which runs on node n1."""
+
     agent_after: float = 0.0
     """Until then there is no agent that takes jobs (monotonic seconds)."""
 
@@ -69,6 +72,10 @@ class Routes(BaseHTTPRequestHandler):
         parts = self.path.strip("/").split("/")
         if self.path == "/api/serve/applications/":
             self.answer(self.head.serve_status, self.head.serve)
+        elif self.path.startswith("/api/v0/logs/file?node_id=n1&filename=serve/"):
+            name = self.path.partition("serve/")[2].partition("&")[0]
+            text = self.head.files.get(name)
+            self.answer(500, "no such file") if text is None else self.answer(200, text)
         elif self.path == "/api/jobs/":
             self.answer(200, list(self.head.jobs.values()))
         elif parts[2] not in self.head.jobs:
@@ -264,3 +271,15 @@ def test_a_put_that_serve_refuses_is_an_error_with_its_reason(head: Head) -> Non
     head.serve_status = 400
     with pytest.raises(ClusterFailed, match="no such field"):
         ServeApi(head.url, TOKEN).put([], 8123)
+
+
+def test_what_a_policy_noted_is_read_beside_the_controllers_log(head: Head) -> None:
+    api = ServeApi(head.url, TOKEN)
+    assert api.scaling("chat-1-local") is None, "nobody has said yet where the controller runs"
+    head.serve = {"controller_info": {"node_id": "n1"}, "applications": {}}
+    api.get()
+    assert api.scaling("chat-1-local") is None
+    head.files["fastserve_scaling_chat-1-local.json"] = json.dumps({"app": "chat-1-local", "wanted": 2})
+    assert api.scaling("chat-1-local") == {"app": "chat-1-local", "wanted": 2}
+    head.files["fastserve_scaling_chat-1-local.json"] = '{"app": "chat-1-l'
+    assert api.scaling("chat-1-local") is None

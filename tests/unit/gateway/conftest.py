@@ -18,7 +18,7 @@ import uvloop
 from aiohttp import web
 
 from fastserve.gateway.app import Gateway
-from fastserve.gateway.config import Config, Key, Revision, Served
+from fastserve.gateway.config import Config, Key, Revision, Served, Target
 from fastserve.gateway.keys import digest
 
 KEY = "fs-" + "k" * 40
@@ -61,12 +61,15 @@ class Engine:
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[Mapping[str, str]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the client of a request went away before its answer was complete."""
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        body = json.loads(await request.read())
+        raw = await request.read()
+        body = json.loads(raw) if request.content_type == "application/json" else {"raw": raw}
         self.asked.append(body)
+        self.paths.append(request.path)
         self.headers.append(request.headers)
         try:
             return await self.handler(request, body)
@@ -129,15 +132,21 @@ class Stand:
         self.stack.push_async_callback(runner.cleanup)
         return engine
 
-    def serve(self, *revisions: Revision, model: str = "chat", task: str = "generate") -> None:
+    def serve(self, *revisions: Revision, model: str = "chat", task: str = "generate", **more: Any) -> None:
         """Make `model` answer with these revisions."""
-        models = {**self.gateway.config.models, model: Served(task, 1764000000, revisions)}
+        models = {**self.gateway.config.models, model: Served(task, 1764000000, revisions, **more)}
         self.gateway.replace(replace(self.gateway.config, models=models))
 
-    async def one_engine(self, handler: EngineHandler = answers_well, **names: str) -> Engine:
+    async def one_engine(self, handler: EngineHandler = answers_well, slots: int = 0, **more: Any) -> Engine:
         engine = await self.engine(handler)
-        self.serve(Revision("a" * 64, 100, (engine.url,)), **names)
+        self.serve(Revision("a" * 64, 100, (Target(engine.url, slots),)), **more)
         return engine
+
+    def stats(self) -> dict[str, Any]:
+        """The gateway's figures since its start, of all models."""
+        gateway = self.gateway
+        models = gateway.statistics.to_json(0, gateway.config.models, gateway.hold.waiting)["models"]
+        return dict(models)
 
     async def ask(
         self,
@@ -208,8 +217,10 @@ async def stand_up(patience: Mapping[str, float], **more: Any) -> AsyncIterator[
         port = await listen(runner)
         stack.push_async_callback(runner.cleanup)
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        yield Stand(gateway, session, stack, port)
-        await gateway.close(0.0)
+        try:
+            yield Stand(gateway, session, stack, port)
+        finally:
+            await gateway.close(0.0)
 
 
 Scenario = Callable[[Stand], Coroutine[Any, Any, None]]

@@ -9,7 +9,7 @@ import logging
 import pytest
 from aiohttp import web
 
-from fastserve.gateway.config import Revision
+from fastserve.gateway.config import Hold, Revision, Target
 
 
 def test_no_key_is_told_how_to_send_one(play, kit):
@@ -209,8 +209,6 @@ def test_a_route_exists_only_for_models_of_its_task(play, kit):
         right = await stand.ask({"model": "chat", "input": ["one", "two"]}, path="/v1/embeddings")
         assert right.status == 200
         await stand.one_engine(task="score", model="rank")
-        rerank = {"model": "rank", "query": "q", "documents": ["a", "b"], "top_n": 1}
-        assert (await stand.ask(rerank, path="/v1/rerank")).status == 200
         score = {"model": "rank", "text_1": "q", "text_2": ["a", "b"]}
         assert (await stand.ask(score, path="/v1/score")).status == 200
 
@@ -219,10 +217,14 @@ def test_a_route_exists_only_for_models_of_its_task(play, kit):
 
 def test_a_model_without_a_replica_says_when_to_come_again(play, kit):
     async def scenario(stand):
-        for revisions in ((), (Revision("a" * 64, 100, ()),), (Revision("a" * 64, 0, ("http://127.0.0.1:1",)),)):
-            stand.serve(*revisions)
+        for revisions in (
+            (),
+            (Revision("a" * 64, 100, ()),),
+            (Revision("a" * 64, 0, (Target("http://127.0.0.1:1"),)),),
+        ):
+            stand.serve(*revisions, hold=Hold(seconds=0.05))
             answer = await stand.ask(kit.chat())
-            assert (answer.status, answer.error["code"]) == (503, "model_not_ready")
+            assert (answer.status, answer.error["code"]) == (503, "model_loading")
             assert 0 < int(answer.headers["Retry-After"]) <= 120
 
     play(scenario)
@@ -246,13 +248,13 @@ ENGINE_ERRORS = [
     (400, {"detail": "words"}, 400, None, None),
     (404, {"error": {"message": "The model `x` does not exist.", "code": 404}}, 404, "model_not_found", "model"),
     (404, {"detail": "Not Found"}, 502, "upstream_failed", None),
-    (404, "Path '/m/one' not found. Ping http://.../-/routes for available routes.", 503, "model_not_ready", None),
+    (404, "Path '/m/one' not found. Ping http://.../-/routes for available routes.", 503, "model_loading", None),
     (401, {"error": "Unauthorized"}, 502, "upstream_failed", None),
     (413, {"error": {"message": "too large", "code": 413}}, 413, "request_too_large", None),
     (429, {"error": {"message": "busy", "code": 429}}, 429, "overloaded", None),
     (500, {"error": {"message": "File /secret/path.py", "code": 500}}, 503, "upstream_unavailable", None),
     (500, "Internal Server Error", 503, "upstream_unavailable", None),
-    (503, "Service Unavailable", 503, "model_not_ready", None),
+    (503, "Service Unavailable", 503, "model_loading", None),
     (504, "Gateway Timeout", 504, "upstream_timeout", None),
     (302, "", 502, "upstream_failed", None),
     (400, "Bad Request", 400, None, None),
@@ -267,7 +269,7 @@ def test_every_shape_of_an_engines_error_becomes_ours(play, kit, status, body, s
         return web.json_response(body, status=status)
 
     async def scenario(stand):
-        await stand.one_engine(fails)
+        await stand.one_engine(fails, hold=Hold(seconds=0.1))
         answer = await stand.ask(kit.chat())
         assert (answer.status, answer.error["code"], answer.error["param"]) == (seen, code, param)
         assert b"secret" not in answer.raw

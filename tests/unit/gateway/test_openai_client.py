@@ -7,6 +7,8 @@ import contextlib
 
 import pytest
 
+from fastserve.gateway.config import Hold
+
 openai = pytest.importorskip("openai")
 
 
@@ -67,10 +69,10 @@ def test_it_sees_the_right_class_for_every_refusal(play, kit):
             with pytest.raises(openai.NotFoundError) as missing:
                 await client.chat.completions.create(**kit.chat(model="none"))
             assert missing.value.code == "model_not_found"
-            stand.serve()
+            stand.serve(hold=Hold(seconds=0.05))
             with pytest.raises(openai.InternalServerError) as cold:
                 await client.chat.completions.create(**kit.chat())
-            assert cold.value.code == "model_not_ready"
+            assert cold.value.code == "model_loading"
         async with client_of(stand, kit, api_key="fs-" + "x" * 40) as client:
             with pytest.raises(openai.AuthenticationError) as denied:
                 await client.models.list()

@@ -20,7 +20,8 @@ import pytest
 from aiohttp import web
 
 from fastserve.errors import UsageInvalid
-from fastserve.gateway.config import Revision, Served, read, write
+from fastserve.gateway.config import Revision, Served, Target, read, write
+from fastserve.gateway.keys import digest
 
 PLATFORM = Path(__file__).parents[3] / "platform"
 
@@ -84,7 +85,7 @@ async def until(check, wanted, seconds=5.0):
 
 
 def with_model(config, name, *targets):
-    return replace(config, models={name: Served("generate", 1, (Revision("a" * 64, 1, targets),))})
+    return replace(config, models={name: Served("generate", 1, (Revision("a" * 64, 1, tuple(map(Target, targets))),))})
 
 
 def test_it_starts_in_about_a_second_on_loopback_only(tmp_path, kit):
@@ -189,6 +190,57 @@ def test_a_signal_lets_streams_finish_and_takes_no_new_connection(tmp_path, kit,
         await runner.cleanup()
 
     asyncio.run(scenario())
+
+
+def test_a_signal_tells_those_who_wait(tmp_path, kit):
+    async def scenario(process):
+        url = process.url()
+        headers = {"Authorization": f"Bearer {kit.KEY}"}
+        async with aiohttp.ClientSession() as session:
+            asked = [
+                session.post(f"{url}/v1/chat/completions", json=kit.chat(stream=stream), headers=headers)
+                for stream in (False, True)
+            ]
+            waiting = [asyncio.create_task(one.__aenter__()) for one in asked]
+            await asyncio.sleep(1.5)  # the stream has its first comment
+            process.popen.send_signal(signal.SIGTERM)
+            whole, stream = await asyncio.gather(*waiting)
+            assert (whole.status, (await whole.json())["error"]["code"]) == (503, "gateway_stopping")
+            assert stream.status == 200
+            assert b"gateway_stopping" in await stream.read()
+        assert await asyncio.to_thread(process.popen.wait, 5) == 0
+
+    config = replace(with_model(kit.usual_config(), "chat"), drain_seconds=5.0)
+    with gateway(tmp_path, config) as process:
+        asyncio.run(scenario(process))
+        assert "Traceback" not in process.file.with_suffix(".log").read_text()
+
+
+def test_the_admin_port_is_a_door_of_its_own(tmp_path, kit):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    token = "fs-" + "t" * 40
+    config = replace(with_model(kit.usual_config(), "chat"), admin_port=port, admin_sha256=digest(token))
+
+    async def scenario(process):
+        url = process.url()
+        async with aiohttp.ClientSession() as session:
+
+            async def status(address, path, key):
+                headers = {"Authorization": f"Bearer {key}"}
+                async with session.get(f"{address}{path}", headers=headers) as response:
+                    return response.status
+
+            admin = f"http://127.0.0.1:{port}"
+            assert await status(admin, "/stats", token) == 200
+            assert await status(admin, "/metrics", token) == 200
+            assert await status(admin, "/stats", kit.KEY) == 401
+            assert await status(url, "/stats", kit.KEY) == 404
+            assert await status(url, "/v1/models", token) == 401
+
+    with gateway(tmp_path, config) as process:
+        asyncio.run(scenario(process))
 
 
 def test_after_a_kill_it_starts_again_on_the_same_port(tmp_path, kit):

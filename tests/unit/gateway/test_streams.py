@@ -8,7 +8,7 @@ import json
 import pytest
 from aiohttp import web
 
-from fastserve.gateway.config import Revision
+from fastserve.gateway.config import Revision, Target
 
 
 def dies_after(kit, *pieces):
@@ -161,7 +161,7 @@ def test_a_try_lost_before_the_first_byte_is_made_again_elsewhere(play, kit, fir
         good = await stand.engine()
         bad = "http://127.0.0.1:9" if first == "nobody" else (await stand.engine(handlers[first])).url
         # All the traffic goes to the bad revision; the good one is only there to be the second try.
-        stand.serve(Revision("b" * 64, 1e9, (bad,)), Revision("a" * 64, 1e-9, (good.url,)))
+        stand.serve(Revision("b" * 64, 1e9, (Target(bad),)), Revision("a" * 64, 1e-9, (Target(good.url),)))
         answer = await stand.ask(kit.chat(stream=stream))
         assert answer.status == 200
         assert answer.headers["X-FastServe-Revision"] == "a" * 64
@@ -195,7 +195,7 @@ def test_there_is_one_retry_and_no_more(play, kit):
     play(scenario)
 
 
-@pytest.mark.parametrize("status", [400, 404, 413, 429, 504])
+@pytest.mark.parametrize("status", [400, 413, 429, 504])
 def test_what_is_the_requests_own_fault_is_not_tried_again(play, kit, status):
     async def refuses(request, body):
         return web.json_response({"error": {"message": "no", "code": status}}, status=status)
@@ -269,7 +269,7 @@ def test_a_new_config_does_not_disturb_a_stream_that_runs(play, kit):
         while not old.asked:
             await asyncio.sleep(0.005)
         new = await stand.engine()
-        stand.serve(Revision("c" * 64, 100, (new.url,)))
+        stand.serve(Revision("c" * 64, 100, (Target(new.url),)))
         assert (await stand.ask(kit.chat())).headers["X-FastServe-Revision"] == "c" * 64
         stand.gateway.replace(kit.usual_config())
         assert (await running).raw == kit.event("x") * 20 + kit.DONE

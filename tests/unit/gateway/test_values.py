@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from dataclasses import replace
 from datetime import date
-from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve.errors import UsageInvalid
-from fastserve.gateway.config import Config, Key, Revision, Served, parse, read, to_json, write
+from fastserve.gateway.config import Config, Hold, Key, Revision, Served, Target, parse, read, to_json, write
 from fastserve.gateway.keys import KEY, digest, new_key
-from fastserve.gateway.routes import Router
 from fastserve.gateway.sse import EventCutter
 
+PLACES = (
+    Target("http://127.0.0.1:8000/m/chat/aa/big", 64, "big", 0),
+    Target("http://127.0.0.1:8000/m/chat/aa/small", 0, "small", 1),
+    Target("http://127.0.0.1:8000/m/chat/aa", 0, last=True),
+)
 CONFIG = Config(
     port=8123,
-    models={"chat": Served("generate", 7, (Revision("a" * 64, 95, ("http://127.0.0.1:8000/m/chat/aa",)),))},
+    admin_port=8124,
+    admin_sha256="d" * 64,
+    models={
+        "chat": Served("generate", 7, (Revision("a" * 64, 95, PLACES),), hold=Hold(5, 1.5)),
+        "polite": Served("generate", 8, (Revision("a" * 64, 95, PLACES),), parent="chat"),
+    },
     keys=(Key("team", "b" * 64, ("chat",), date(2027, 6, 30)), Key("all", "c" * 64, ("*",))),
 )
 
@@ -51,6 +58,11 @@ def test_the_smallest_config_is_empty_and_denies_everything():
     assert Config().host == "127.0.0.1"
 
 
+def target(**wrong):
+    """A config whose only target has something wrong."""
+    return {"models": {"m": {"revisions": [{"digest": "a", "targets": [{"url": "http://x", **wrong}]}]}}}
+
+
 WRONG = [
     ([], "the file"),
     ({"prot": 1}, "unknown key 'prot'"),
@@ -64,11 +76,39 @@ WRONG = [
     ({"models": {"m": {"revisions": [{"digest": "a", "weight": True}]}}}, "models.m.revisions[0].weight"),
     ({"models": {"m": {"revisions": [{"digest": "a", "targets": ["ftp://x"]}]}}}, "models.m.revisions[0].targets"),
     ({"models": {"m": {"revisions": [{"digest": "a", "targets": ["http://u@x"]}]}}}, "models.m.revisions[0].targets"),
+    ({"models": {"m": {"revisions": [{"digest": "a", "targets": [{}]}]}}}, "models.m.revisions[0].targets[0].url"),
+    (target(slots=-1), "models.m.revisions[0].targets[0].slots"),
+    (target(slots=True), "models.m.revisions[0].targets[0].slots"),
+    (target(rank="first"), "models.m.revisions[0].targets[0].rank"),
+    (target(last="yes"), "models.m.revisions[0].targets[0].last"),
+    (target(profile=1), "models.m.revisions[0].targets[0].profile"),
+    (
+        target(price=1),
+        "models.m.revisions[0].targets[0]: unknown key 'price'; the keys are url, slots, profile, rank, last",
+    ),
+    ({"models": {"m": {"revisions": [{"digest": "a", "targets": ["http://x", "http://x/"]}]}}}, "twice"),
+    ({"models": {"m": {"hold": {"requests": -1}}}}, "models.m.hold.requests"),
+    ({"models": {"m": {"hold": {"seconds": "long"}}}}, "models.m.hold.seconds"),
+    ({"models": {"m": {"hold": 5}}}, "models.m.hold"),
+    ({"models": {"m": {"parent": "none"}}}, "models.m.parent: 'none'"),
+    ({"models": {"m": {"parent": "m"}}}, "models.m.parent"),
+    ({"models": {"a": {}, "b": {"parent": "a"}, "c": {"parent": "b"}}}, "models.c.parent"),
+    ({"models": {"a": {"task": "embed"}, "b": {"parent": "a"}}}, "models.b.task"),
+    ({"adminPort": 70000}, "adminPort"),
+    ({"adminPort": 8200}, "adminSha256"),
+    ({"adminPort": 8100, "adminSha256": "a" * 64}, "adminPort"),
+    ({"adminPort": 8200, "adminSha256": "secret"}, "adminSha256"),
     ({"keys": [{"name": "k", "sha256": "short"}]}, "keys[0].sha256"),
     ({"keys": [{"name": "k", "sha256": "a" * 64, "expires": "tomorrow"}]}, "keys[0].expires"),
     ({"keys": [{"name": "k", "sha256": "a" * 64, "models": "*"}]}, "keys[0].models"),
     ({"readTimeoutSeconds": float("inf")}, "readTimeoutSeconds"),
 ]
+
+
+def test_a_target_may_be_a_plain_url():
+    config = parse({"models": {"m": {"revisions": [{"digest": "a", "targets": ["http://x/m/"]}]}}})
+    assert config.models["m"].revisions[0].targets == (Target("http://x/m", 0, "", 0),)
+    assert config.models["m"].hold == Hold(256, 300.0)
 
 
 @pytest.mark.parametrize(("raw", "words"), WRONG)
@@ -83,67 +123,6 @@ def test_a_config_file_that_is_missing_or_torn_is_named(tmp_path):
     (tmp_path / "torn.json").write_text('{"port": 81')
     with pytest.raises(UsageInvalid, match=r"torn\.json"):
         read(tmp_path / "torn.json")
-
-
-weights = st.lists(st.integers(0, 1000), min_size=1, max_size=6)
-
-
-@given(weights, st.integers(0, 2**32))
-def test_traffic_follows_the_weights_and_weight_zero_gets_nothing(shares, seed):
-    revisions = tuple(Revision(str(at), share, (f"http://{at}",)) for at, share in enumerate(shares))
-    router = Router({"m": Served("generate", 0, revisions)}, Random(seed))
-    asked = 400
-    choices = [router.choose("m") for _ in range(asked)]
-    if not sum(shares):
-        assert choices == [None] * asked
-        return
-    seen = Counter(choice.revision for choice in choices)
-    for at, share in enumerate(shares):
-        wanted = share / sum(shares)
-        # Six standard deviations of a binomial count: a false alarm once in 10^8.
-        assert abs(seen[str(at)] - asked * wanted) <= 6 * (asked * wanted * (1 - wanted)) ** 0.5 + 1e-9 + 2
-        if not share:
-            assert seen[str(at)] == 0
-
-
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 5))
-def test_a_request_goes_to_a_target_with_the_least_to_do(steps, targets):
-    names = tuple(f"http://{at}" for at in range(targets))
-    router = Router({"m": Served("generate", 0, (Revision("r", 1, names),))}, Random(0))
-    leases = []
-    for step in steps:
-        if step == 0 and leases:
-            leases.pop(0).__exit__(None, None, None)
-            continue
-        choice = router.choose("m")
-        assert router.running(choice.target) == min(router.running(name) for name in names)
-        lease = router.lease(choice.target)
-        lease.__enter__()
-        leases.append(lease)
-    for lease in leases:
-        lease.__exit__(None, None, None)
-    assert sum(router.running(name) for name in names) == 0
-
-
-def test_a_second_try_avoids_the_first_target_where_it_can():
-    revisions = (
-        Revision("a", 100, ("http://1", "http://2")),
-        Revision("b", 1, ("http://3",)),
-        Revision("c", 0, ("http://4",)),
-    )
-    router = Router({"m": Served("generate", 0, revisions)}, Random(0))
-    seen = {router.choose("m", ["http://1"]).target for _ in range(500)}
-    assert seen == {"http://2", "http://3"}
-    assert {router.choose("m", ["http://1", "http://2"]).target for _ in range(50)} == {"http://3"}
-    every = ["http://1", "http://2", "http://3"]
-    assert {router.choose("m", every).target for _ in range(2000)} == set(every)
-
-
-def test_the_same_seed_chooses_the_same():
-    revisions = (Revision("a", 50, ("http://1",)), Revision("b", 50, ("http://2",)))
-    models = {"m": Served("generate", 0, revisions)}
-    one, two = Router(models, Random(5)), Router(models, Random(5))
-    assert [one.choose("m") for _ in range(50)] == [two.choose("m") for _ in range(50)]
 
 
 words = st.text(max_size=20).map(lambda text: json.dumps({"delta": {"content": text}}))
@@ -189,4 +168,7 @@ def test_a_model_may_be_listed_by_name_or_by_star():
     assert replace(CONFIG.keys[0], models=("a", "b")).allows("b")
     assert not CONFIG.keys[0].allows("other")
     assert CONFIG.keys[1].allows("other")
+    assert CONFIG.keys[0].allows("polite", "chat")
+    assert not CONFIG.keys[0].allows("polite", "other")
+    assert not CONFIG.keys[0].allows("polite")
     assert parse(to_json(CONFIG)) == CONFIG

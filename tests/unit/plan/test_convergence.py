@@ -1,276 +1,26 @@
-"""A small world in which everything goes wrong, and the planner in it: whatever happened, looking again ends well.
-
-The world is a real one in miniature: it has a store with committed keys, attempts that run, crash, get lost and commit
-late, a serving cluster, a gateway's weights and a rollback pin. Moves are carried out as the real cluster does it.
-"""
+"""Whatever happened, looking again ends well: the planner in a small world in which everything goes wrong."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from small_world import MEASURED, MODELS, PLAIN, STEPPED, World, look, settle
 
 from fastserve.plan.keys import outside, stage_keys
-from fastserve.plan.moves import (
-    Done,
-    Move,
-    Refuse,
-    Resolve,
-    RunStage,
-    Shift,
-    StartRevision,
-    StopAttempt,
-    StopRevision,
-    Unpin,
-    Wait,
-)
-from fastserve.plan.observed import Attempt, AttemptState, Committed, LiveRevision, Observed, Pin, RevisionState
-from fastserve.plan.pipeline import next_moves, wanted_revision
-from fastserve.plan.stages import Stage, StageRequest
-from fastserve.spec.model import Model
+from fastserve.plan.moves import Done, Refuse
+from fastserve.plan.observed import AttemptState, Pin, RevisionState
+from fastserve.plan.pipeline import wanted_revision
+from fastserve.plan.steps import ROLLED_BACK
 
-BOUND = 60
-"""Looks within which a world that works must come to rest."""
-
-HELD_OUT = "file:///data/held-out.jsonl"
-TRAIN = {"dataset": "file:///data/train.jsonl"}
-COMPRESS = [{"quantize": {"format": "int8"}}]
-MANIFESTS: list[dict[str, Any]] = [
-    {"train": TRAIN, "compress": COMPRESS, "evaluate": {"data": HELD_OUT, "gate": {}}, "serve": {}},
-    {"train": TRAIN, "compress": COMPRESS, "evaluate": {"data": HELD_OUT, "gate": {}}, "serve": {"context": 512}},
-    {"train": TRAIN | {"seed": 1}, "compress": COMPRESS, "evaluate": {"data": HELD_OUT, "gate": {}}, "serve": {}},
-    {
-        "train": TRAIN,
-        "compress": [{"quantize": {"format": "int8", "method": "roundToNearest"}}],
-        "evaluate": {"data": HELD_OUT, "gate": {"perplexityIncrease": "50%"}},
-        "serve": {},
-    },
-    {"train": TRAIN, "evaluate": {"data": HELD_OUT, "maxRows": 9, "gate": {}}, "serve": {}},
-    {"train": TRAIN, "compress": COMPRESS},
-    {"serve": {}},
-    {"evaluate": {"data": HELD_OUT, "gate": {}}},
-]
-MEASURED = {"good": (0.01, 0.02), "unsure": (0.01, 0.2), "bad": (0.3, 0.4), "nan": (float("nan"), float("nan"))}
+ENGINE_STATES = [RevisionState.READY, RevisionState.FAILED, RevisionState.STARTING]
 
 
-def manifest(index: int) -> Model:
-    return Model.model_validate(
-        {
-            "apiVersion": "fastserve.dev/v1alpha1",
-            "kind": "Model",
-            "metadata": {"name": "chat"},
-            "spec": {"source": "file:///models/base", **MANIFESTS[index]},
-        }
-    )
-
-
-MODELS = [manifest(index) for index in range(len(MANIFESTS))]
-
-
-@dataclass
-class Job:
-    """An attempt, and whether its process still lives, whatever the cluster believes."""
-
-    request: StageRequest
-    state: AttemptState = AttemptState.RUNNING
-    alive: bool = True
-    reason: str = ""
-    final: bool = False
-    ended_at: float | None = None
-
-
-@dataclass
-class World:
-    """Everything outside the planner."""
-
-    now: float = 1_000_000.0
-    content: dict[str, int] = field(default_factory=dict)
-    """Version of each source's bytes."""
-
-    digests: dict[str, str] = field(default_factory=dict)
-    committed: dict[str, Committed] = field(default_factory=dict)
-    jobs: dict[str, list[Job]] = field(default_factory=dict)
-    forgiven: dict[str, int] = field(default_factory=dict)
-    revisions: dict[str, RevisionState] = field(default_factory=dict)
-    known: dict[str, dict[str, Any]] = field(default_factory=dict)
-    weights: dict[str, int] = field(default_factory=dict)
-    pin: Pin | None = None
-    measured: str = "good"
-
-    def observe(self) -> Observed:
-        attempts = {}
-        for key, jobs in self.jobs.items():
-            newest = jobs[-1]
-            if key not in self.committed:
-                attempts[key] = Attempt(
-                    newest.request.attempt,
-                    newest.state,
-                    newest.reason,
-                    final=newest.final,
-                    ended_at=newest.ended_at,
-                    model="chat",
-                )
-        return Observed(
-            digests=dict(self.digests),
-            committed=dict(self.committed),
-            attempts=attempts,
-            forgiven=dict(self.forgiven),
-            revisions=tuple(LiveRevision(digest, state) for digest, state in sorted(self.revisions.items())),
-            weights=dict(self.weights),
-            pin=self.pin,
-            known_revisions=dict(self.known),
-        )
-
-    # -- what the cluster does -------------------------------------------------------------------------------------
-
-    def apply(self, move: Move) -> None:
-        match move:
-            case Resolve(uri=uri):
-                self.digests[uri] = f"{uri} version {self.content.get(uri, 0)}"
-            case RunStage(request=request):
-                jobs = self.jobs.setdefault(request.key, [])
-                # A conditional create of request.json: an attempt's number is claimed once.
-                if all(job.request.attempt != request.attempt for job in jobs):
-                    jobs.append(Job(request))
-            case StopAttempt(key=key, attempt=number):
-                for job in self.jobs[key]:
-                    if job.request.attempt == number and job.state is AttemptState.RUNNING:
-                        job.state, job.alive, job.ended_at = AttemptState.LOST, False, self.now
-            case StartRevision(revision=revision):
-                self.known[revision.digest] = revision.to_json()
-                if self.revisions.get(revision.digest) in (None, RevisionState.STOPPING):
-                    self.revisions[revision.digest] = RevisionState.STARTING
-            case Shift(weights=weights):
-                self.weights = dict(weights)
-            case StopRevision(digest=digest):
-                if digest in self.revisions:
-                    self.revisions[digest] = RevisionState.STOPPING
-            case Unpin():
-                self.pin = None
-            case Wait() | Done() | Refuse():
-                pass
-            case _:
-                raise TypeError(move)
-
-    # -- what happens ----------------------------------------------------------------------------------------------
-
-    def newest(self, state: AttemptState) -> list[Job]:
-        """Newest attempts in this state, at keys that have not committed."""
-        open_keys = sorted(self.jobs.keys() - self.committed.keys())
-        return [self.jobs[key][-1] for key in open_keys if self.jobs[key][-1].state is state]
-
-    def commit(self, job: Job) -> None:
-        """As the store does it: record.json is created once, and only for the newest attempt."""
-        key, stage = job.request.key, job.request.stage
-        job.alive = False
-        if key in self.committed or job is not self.jobs[key][-1]:
-            return
-        if not set(job.request.inputs.values()) <= self.committed.keys():
-            self.end(job, AttemptState.FAILED, "ArtifactNotFound")
-            return
-        metrics: dict[str, Any] = {}
-        if stage is Stage.EVALUATE:
-            low, high = MEASURED[self.measured]
-            increase = {"value": low, "low": low, "high": high}
-            small = {"value": 0.01, "low": 0.01, "high": 0.01}
-            candidate = self.committed[job.request.inputs["candidate"]].digest
-            parent = self.committed[job.request.inputs["parent"]].digest
-            models = {"candidate": {"digest": candidate}, "parent": {"digest": parent}}
-            metrics = {"rows": 20, "models": models, "perplexityIncrease": increase}
-            metrics |= {"klDivergence": small, "flippedTokens": small}
-        self.committed[key] = Committed(stage, key, f"bytes of {key}", 1, metrics)
-
-    def end(self, job: Job, state: AttemptState, reason: str = "", final: bool = False, alive: bool = False) -> None:
-        job.state, job.reason, job.final, job.alive, job.ended_at = state, reason, final, alive, self.now
-
-    def go_well(self) -> None:
-        """Everything that is under way succeeds."""
-        self.now += 20
-        for job in self.newest(AttemptState.RUNNING):
-            self.commit(job)
-        for digest, state in list(self.revisions.items()):
-            if state is RevisionState.STARTING:
-                self.revisions[digest] = RevisionState.READY
-            elif state is RevisionState.STOPPING:
-                del self.revisions[digest]
-
-    def serving(self) -> set[str]:
-        """Revisions that answer requests."""
-        ready = {digest for digest, state in self.revisions.items() if state is RevisionState.READY}
-        return {digest for digest, weight in self.weights.items() if weight > 0} & ready
-
-
-def passed_its_gate(world: World, model: Model) -> bool:
-    """Judged by hand, not by `decide`: whether the model's candidate may serve."""
-    evaluate = model.spec.evaluate
-    if evaluate is None or evaluate.gate is None:
-        return True
-    keys = stage_keys(model, world.digests)
-    measured = world.committed[keys[Stage.EVALUATE]].metrics
-    same = measured["models"]["candidate"] == measured["models"]["parent"]
-    return bool(same or measured["perplexityIncrease"]["high"] <= (evaluate.gate.perplexity_increase or 0))
-
-
-def check_move(world: World, model: Model, move: Move) -> None:
-    """What no move may ever do."""
-    assert move.because.endswith((".", "again."))
-    if isinstance(move, RunStage):
-        assert move.request.key not in world.committed
-        assert set(move.request.inputs.values()) <= world.committed.keys()
-        assert not world.newest(AttemptState.RUNNING)
-    if isinstance(move, StartRevision) and move.revision.digest not in world.known:
-        assert move.revision.artifact_key in world.committed
-        assert passed_its_gate(world, model)
-    if isinstance(move, Shift):
-        assert model.spec.serve is not None or not move.weights
-        assert all(world.revisions.get(digest) is RevisionState.READY for digest in move.weights)
-        assert not move.weights or sum(move.weights.values()) == 100
-    if isinstance(move, StopRevision):
-        assert world.weights.get(move.digest, 0) == 0
-        assert world.revisions[move.digest] is not RevisionState.STOPPING
-
-
-def look(world: World, model: Model) -> list[Move]:
-    """One look and what follows from it; every move is carried out twice."""
-    observed = world.observe()
-    moves = next_moves(model, observed, world.now)
-    assert moves
-    assert moves == next_moves(model, observed, world.now)
-    before = world.serving()
-    for move in moves:
-        check_move(world, model, move)
-        world.apply(move)
-        once = copy.deepcopy(world)
-        world.apply(move)
-        assert world == once
-    if before and model.spec.serve is not None:
-        assert world.serving()
-    return moves
-
-
-def rests(moves: list[Move]) -> bool:
-    return all(isinstance(move, Done | Refuse) for move in moves)
-
-
-def settle(world: World, model: Model) -> list[Move]:
-    """Look until nothing is left to do, in a world where everything goes well from now on."""
-    for _ in range(BOUND):
-        moves = look(world, model)
-        if rests(moves):
-            world.go_well()
-            assert look(world, model) == moves
-            return moves
-        world.go_well()
-    raise AssertionError(f"no rest within {BOUND} looks: {moves}")
-
-
-class AnyWorld(RuleBasedStateMachine):
-    """Things happen in any order; between them, the planner looks or does not."""
+class Serving(RuleBasedStateMachine):
+    """What can happen to what serves, in any order; between events, the planner looks or does not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -286,6 +36,117 @@ class AnyWorld(RuleBasedStateMachine):
     def all_goes_well(self) -> None:
         self.world.go_well()
 
+    @rule(seconds=st.sampled_from([0.5, 3.0, 30.0, -100.0]))
+    def the_clock_moves(self, seconds: float) -> None:
+        self.world.now += seconds
+
+    @precondition(lambda self: self.world.revisions)
+    @rule(index=st.integers(0, 3), state=st.sampled_from(ENGINE_STATES))
+    def an_engine_changes(self, index: int, state: RevisionState) -> None:
+        """It comes up, fails for good, or dies and is being restarted."""
+        digest = sorted(self.world.revisions)[index % len(self.world.revisions)]
+        if self.world.revisions[digest] is not RevisionState.STOPPING:
+            self.world.revisions[digest] = state
+
+    @rule()
+    def the_cluster_dies(self) -> None:
+        self.world.revisions.clear()
+        for job in self.world.newest(AttemptState.RUNNING):
+            self.world.end(job, AttemptState.LOST)
+
+        self.world.cluster_since = self.world.now
+
+    @rule()
+    def the_routes_are_lost(self) -> None:
+        self.world.weights, self.world.shifted_at, self.world.proven = {}, None, None
+
+    @rule(lost=st.booleans())
+    def the_time_of_the_shift_is_wrong(self, lost: bool) -> None:
+        self.world.shifted_at = None if lost else self.world.now + 1e6
+
+    @rule()
+    def the_gateway_starts_again(self) -> None:
+        self.world.told_since, self.world.counted = self.world.now, {}
+
+    @rule()
+    def the_gateway_falls_silent(self) -> None:
+        self.world.silent = True
+
+    @rule(requests=st.sampled_from([1, 30, 500, 5000]), seconds=st.sampled_from([0.5, 5.0, 40.0]))
+    def clients_ask(self, requests: int, seconds: float) -> None:
+        self.world.now += seconds
+        self.world.ask(requests)
+
+    @precondition(lambda self: self.world.known)
+    @rule(index=st.integers(0, 5), quality=st.sampled_from(["good", "fails", "slow"]))
+    def a_revision_turns_out_to_be(self, index: int, quality: str) -> None:
+        digest = sorted(self.world.known)[index % len(self.world.known)]
+        self.world.quality[digest] = quality
+
+    @precondition(lambda self: self.world.known)
+    @rule(index=st.integers(0, 5), unknown=st.booleans())
+    def somebody_rolls_back(self, index: int, unknown: bool) -> None:
+        observed = self.world.observe()
+        keys = stage_keys(self.model, observed.digests)
+        wanted = wanted_revision(self.model, observed, keys)
+        target = "f" * 64 if unknown else sorted(self.world.known)[index % len(self.world.known)]
+        self.world.pin = Pin(target, wanted.digest if wanted else "0" * 64)
+
+    @rule()
+    def somebody_asks_again(self) -> None:
+        """As `fastserve up` does when it begins: failures so far are forgiven and failed engines taken away."""
+        self.world.forgiven = {key: jobs[-1].request.attempt for key, jobs in self.world.jobs.items()}
+        failed = [digest for digest, state in self.world.revisions.items() if state is RevisionState.FAILED]
+        for digest in failed:
+            del self.world.revisions[digest]
+        if self.world.pin is not None and self.world.pin.reason == ROLLED_BACK:
+            self.world.pin = None
+
+    @rule(index=st.sampled_from(STEPPED), quality=st.sampled_from(["good", "fails", "slow"]))
+    def a_rollout_begins(self, index: int, quality: str) -> None:
+        """A new revision with steps, as far as its first one, when all goes well."""
+        self.model = MODELS[index]
+        for _ in range(12):
+            look(self.world, self.model)
+            if len(self.world.weights) > 1:
+                for digest in self.world.weights.keys() - {self.world.proven}:
+                    self.world.quality[digest] = quality
+                return
+            self.world.go_well()
+
+    @rule()
+    def it_comes_to_rest(self) -> None:
+        world, model = copy.deepcopy(self.world), self.model
+        moves = settle(world, model)
+        refusals = [move for move in moves if isinstance(move, Refuse)]
+        assert len(world.weights) <= 1 or not world.serving(), "at rest, traffic is not shared"
+        if refusals:
+            assert all(move.reason and move.stage for move in refusals)
+            if any(move.reason == ROLLED_BACK for move in refusals):
+                assert world.pin is not None
+                assert world.weights == {world.pin.revision: 100}
+                assert world.pin.instead_of not in world.revisions
+            return
+        keys = stage_keys(model, world.digests)
+        if model.spec.serve is None:
+            assert not world.weights
+            assert not world.revisions
+            return
+        wanted = wanted_revision(model, world.observe(), keys)
+        assert wanted is not None
+        served = world.pin.revision if world.pin else wanted.digest
+        assert world.serving() == {served}
+        assert world.weights == {served: 100}
+        assert set(world.revisions) == {served}
+
+    @invariant()
+    def only_what_was_started_has_traffic(self) -> None:
+        assert all(digest in self.world.known for digest in self.world.weights)
+
+
+class AnyWorld(Serving):
+    """And what can happen to manifests, sources and stages."""
+
     @rule(index=st.integers(0, len(MODELS) - 1))
     def the_manifest_changes(self, index: int) -> None:
         self.model = MODELS[index]
@@ -300,10 +161,6 @@ class AnyWorld(RuleBasedStateMachine):
     @rule(measured=st.sampled_from(sorted(MEASURED)))
     def the_next_measurement_is(self, measured: str) -> None:
         self.world.measured = measured
-
-    @rule(seconds=st.sampled_from([0.5, 3.0, 30.0, -100.0]))
-    def the_clock_moves(self, seconds: float) -> None:
-        self.world.now += seconds
 
     @precondition(lambda self: self.world.newest(AttemptState.RUNNING))
     @rule(how=st.sampled_from(["commits", "fails", "is refused", "is killed", "is cut off"]))
@@ -334,73 +191,29 @@ class AnyWorld(RuleBasedStateMachine):
         del self.world.committed[key]
         self.world.jobs.pop(key, None)
 
-    @precondition(lambda self: self.world.revisions)
-    @rule(index=st.integers(0, 3), state=st.sampled_from([RevisionState.READY, RevisionState.FAILED]))
-    def an_engine_changes(self, index: int, state: RevisionState) -> None:
-        digest = sorted(self.world.revisions)[index % len(self.world.revisions)]
-        if self.world.revisions[digest] is not RevisionState.STOPPING:
-            self.world.revisions[digest] = state
 
-    @rule()
-    def the_cluster_dies(self) -> None:
-        self.world.revisions.clear()
-        for job in self.world.newest(AttemptState.RUNNING):
-            self.world.end(job, AttemptState.LOST)
+class AnyRollout(Serving):
+    """A model that serves, and manifests that change nothing but the revision and its steps."""
 
-    @rule()
-    def the_routes_are_lost(self) -> None:
-        self.world.weights = {}
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = MODELS[PLAIN]
+        settle(self.world, self.model)
 
-    @precondition(lambda self: self.world.known)
-    @rule(index=st.integers(0, 5), unknown=st.booleans())
-    def somebody_rolls_back(self, index: int, unknown: bool) -> None:
-        observed = self.world.observe()
-        keys = stage_keys(self.model, observed.digests)
-        wanted = wanted_revision(self.model, observed, keys)
-        target = "f" * 64 if unknown else sorted(self.world.known)[index % len(self.world.known)]
-        self.world.pin = Pin(target, wanted.digest if wanted else "0" * 64)
-
-    @rule()
-    def somebody_asks_again(self) -> None:
-        """As `fastserve up` does when it begins: failures so far are forgiven and failed engines taken away."""
-        self.world.forgiven = {key: jobs[-1].request.attempt for key, jobs in self.world.jobs.items()}
-        failed = [digest for digest, state in self.world.revisions.items() if state is RevisionState.FAILED]
-        for digest in failed:
-            del self.world.revisions[digest]
-
-    @rule()
-    def it_comes_to_rest(self) -> None:
-        world, model = copy.deepcopy(self.world), self.model
-        moves = settle(world, model)
-        refusals = [move for move in moves if isinstance(move, Refuse)]
-        if refusals:
-            assert all(move.reason and move.stage for move in refusals)
-            return
-        keys = stage_keys(model, world.digests)
-        if model.spec.serve is None:
-            assert not world.weights
-            assert not world.revisions
-            return
-        wanted = wanted_revision(model, world.observe(), keys)
-        assert wanted is not None
-        served = world.pin.revision if world.pin else wanted.digest
-        assert world.serving() == {served}
-        assert world.weights == {served: 100}
-        assert set(world.revisions) == {served}
-
-    @invariant()
-    def only_what_was_started_has_traffic(self) -> None:
-        assert all(digest in self.world.known for digest in self.world.weights)
+    @rule(index=st.sampled_from([PLAIN, *STEPPED]))
+    def the_manifest_changes(self, index: int) -> None:
+        self.model = MODELS[index]
 
 
-AnyWorld.TestCase.settings = settings(
+SETTINGS = settings(
     max_examples=150,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-TestAnyWorld = AnyWorld.TestCase
+AnyWorld.TestCase.settings = AnyRollout.TestCase.settings = SETTINGS
+TestAnyWorld, TestAnyRollout = AnyWorld.TestCase, AnyRollout.TestCase
 
 
 @pytest.mark.parametrize("index", range(len(MODELS)))
@@ -437,3 +250,68 @@ def test_a_refused_candidate_leaves_the_old_revision_with_all_traffic() -> None:
     assert refusal.reason == "GateFailed"
     assert world.weights == weights
     assert world.serving() == set(weights)
+
+
+def at_first_step(index: int) -> tuple[World, str, str]:
+    """A rollout that has just begun, with the digests of the old and the new revision."""
+    world = World()
+    settle(world, MODELS[PLAIN])
+    (old,) = world.weights
+    for _ in range(12):
+        look(world, MODELS[index])
+        if len(world.weights) > 1:
+            (new,) = world.weights.keys() - {old}
+            return world, old, new
+        world.go_well()
+    raise AssertionError("no rollout began")
+
+
+@pytest.mark.parametrize("index", STEPPED[:2])
+@pytest.mark.parametrize("quality", ["good", "fails", "slow"])
+def test_a_good_revision_is_promoted_and_a_bad_one_rolled_back(index: int, quality: str) -> None:
+    world, old, new = at_first_step(index)
+    first = world.weights[new]
+    world.quality[new] = quality
+    (end,) = settle(world, MODELS[index])
+    if quality == "good":
+        assert isinstance(end, Done)
+        assert world.weights == {new: 100}
+        return
+    assert isinstance(end, Refuse)
+    assert (end.reason, world.weights) == (ROLLED_BACK, {old: 100})
+    assert f"at {first} % of traffic" in end.because
+    assert settle(world, MODELS[index]) == [end], "it is not tried again"
+    world.pin, world.quality = None, {}
+    settle(world, MODELS[index])
+    assert world.weights == {new: 100}, "asked again, it is tried again"
+
+
+@pytest.mark.parametrize("index", STEPPED)
+@pytest.mark.parametrize("state", [RevisionState.STARTING, RevisionState.FAILED])
+def test_a_revision_that_dies_during_a_step_is_rolled_back(index: int, state: RevisionState) -> None:
+    world, old, new = at_first_step(index)
+    world.now += 1
+    world.revisions[new] = state
+    (end,) = settle(world, MODELS[index])
+    assert isinstance(end, Refuse)
+    assert (end.reason, world.weights) == (ROLLED_BACK, {old: 100})
+
+
+def test_a_hold_of_nothing_watches_nothing() -> None:
+    world, _, new = at_first_step(STEPPED[2])
+    world.quality[new] = "fails"
+    settle(world, MODELS[STEPPED[2]])
+    assert world.weights == {new: 100}
+
+
+@pytest.mark.parametrize("index", STEPPED)
+def test_a_rollout_goes_on_after_a_restart_of_everything(index: int) -> None:
+    world, _, new = at_first_step(index)
+    world.now += 5
+    world.cluster_since = world.told_since = world.now
+    world.counted.clear()
+    world.revisions = dict.fromkeys(world.revisions, RevisionState.STARTING)
+    (end,) = settle(world, MODELS[index])
+    assert isinstance(end, Done)
+    assert world.weights == {new: 100}
+    assert world.pin is None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,7 @@ from fastserve.spec.serve import Serve
 
 
 def revision(**serve):
-    section = deciding(Serve.model_validate(serve), {})
+    section = deciding(Serve.model_validate(serve))
     return Revision("chat", Stage.SOURCE, "k" * 64, "d" * 64, section)
 
 
@@ -80,6 +81,23 @@ def test_mlfq_is_a_scheduler_of_ours_with_its_options_and_small_blocks(smol, lap
 def test_every_flag_of_every_scheduler_is_one_of_vllm(smol, laptop):
     for scheduler in ("fcfs", "priority", "mlfq"):
         assert {item.split("=")[0] for item in args(smol, laptop, scheduler=scheduler)} <= FLAGS
+
+
+def test_adapters_are_set_aside_for(smol, laptop):
+    found = engine_args(Revision("chat", Stage.SOURCE, "k", "d", deciding(Serve(), [48])), smol, laptop)
+    assert {"--enable-lora", "--max-lora-rank=64", "--max-loras=4", "--max-cpu-loras=16"} <= set(found)
+    assert {item.split("=")[0] for item in found} <= FLAGS
+    assert not any("lora" in item for item in args(smol, laptop))
+
+
+def test_parsers_of_a_known_family_are_told_and_the_manifest_has_the_last_word(smol, laptop):
+    qwen = replace(smol, tool_parser="hermes", reasoning_parser="qwen3")
+    found = args(qwen, laptop)
+    assert {"--enable-auto-tool-choice", "--tool-call-parser=hermes", "--reasoning-parser=qwen3"} <= set(found)
+    assert {item.split("=")[0] for item in found} <= FLAGS
+    mine = args(qwen, laptop, engine={"extraArgs": ["--tool-call-parser=xlam"]})
+    assert mine.index("--tool-call-parser=xlam") > mine.index("--tool-call-parser=hermes")
+    assert not any("parser" in item for item in args(qwen, laptop, task="embed"))
 
 
 def test_an_accelerator_is_not_run_eagerly_and_keeps_its_own_cache(smol):

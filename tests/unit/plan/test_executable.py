@@ -45,11 +45,16 @@ def test_everything_that_the_quickstart_asks_for_runs(model, all_stages):
             "s3://",
         ),
         ({"evaluate": {"data": "pvc://claim/rows"}}, "spec.evaluate.data", "file://"),
-        ({"serve": {"task": "embed"}}, "spec.serve.task", "write generate"),
-        ({"serve": {"adapters": [{"name": "de", "source": "s3://b/de"}]}}, "spec.serve.adapters", "method: lora"),
-        ({"serve": {"rollout": {}}}, "spec.serve.rollout", "remove rollout"),
-        ({"serve": {"profiles": ["local", "l4"]}}, "spec.serve.profiles[1]", "write local"),
-        ({"serve": {"target": {"ttft": "500ms"}}}, "spec.serve.target.ttft", "target.queue"),
+        ({"serve": {"profiles": ["local", "l4"]}}, "spec.serve.profiles[1]", "no HardwareProfile is named l4"),
+        ({"serve": {"task": "transcribe"}, "train": DATA}, "spec.train", "serve.task is transcribe"),
+        ({"serve": {"task": "embed"}, "train": DATA}, "spec.train", "task: generate"),
+        ({"serve": {"task": "score"}, "compress": [{"quantize": {"format": "int8"}}]}, "spec.compress", "remove"),
+        ({"serve": {"task": "embed"}, "evaluate": {"data": "file:///e"}}, "spec.evaluate", "remove evaluate"),
+        (
+            {"serve": {"task": "embed", "adapters": [{"name": "de", "source": "s3://b/de"}]}},
+            "spec.serve.adapters",
+            "task: generate",
+        ),
         ({"serve": {"engine": {"tensorParallel": 2}}}, "spec.serve.engine.tensorParallel", "remove tensorParallel"),
     ],
 )
@@ -64,7 +69,7 @@ def test_everything_is_told_in_one_go(model):
         model(
             train=DATA | {"method": "qlora", "precision": "fp8"},
             compress=[{"prune": {"layers": 0.5}}],
-            serve={"task": "embed", "rollout": {}},
+            serve={"profiles": ["l4"], "engine": {"tensorParallel": 2}},
         )
     )
     assert len(found) == 5
@@ -81,11 +86,26 @@ def hardware_profile(name, **spec):
     )
 
 
-def test_a_profile_of_the_file_is_accepted_and_still_not_used(model):
+def test_profiles_that_are_described_may_wait_for_a_machine_while_one_of_them_has_one(model):
     profile = hardware_profile("l4")
     check(model(serve={}), [profile])
+    check(model(serve={"profiles": ["l4", "local"], "target": {"ttft": "500ms"}}), [profile])
+    check(model(serve={"profiles": ["l4"]}), [profile], cluster={"l4"})
+    check(model(serve={"profiles": ["l4"]}), cluster={"l4", "local"})
     with pytest.raises(NotExecutable, match="profile l4 is described, but"):
         check(model(serve={"profiles": ["l4"]}), [profile])
+
+
+def test_a_replica_may_span_the_accelerators_of_a_machine(model):
+    card = {"type": "L4", "memory": "24GiB", "count": 4}
+    profiles = [hardware_profile("l4", accelerator=card), hardware_profile("plain")]
+    check(model(serve={"profiles": ["l4"], "engine": {"tensorParallel": 4}}), profiles, cluster={"l4"})
+    for serve, words in [
+        ({"profiles": ["l4"], "engine": {"tensorParallel": 8}}, "profile l4 has 4 accelerators; write 4"),
+        ({"profiles": ["l4", "plain"], "engine": {"tensorParallel": 2}}, "profile plain has 0 accelerators; remove"),
+    ]:
+        with pytest.raises(NotExecutable, match=words):
+            check(model(serve=serve), profiles, cluster={"l4", "plain"})
 
 
 def test_what_training_runs_since_it_shares_unequally(model):

@@ -107,6 +107,8 @@ def test_an_unresolved_source_leaves_out_its_stage_and_what_follows(model, all_s
         ("train.elastic", {"minWorkers": 1}, []),
         ("train.activationCheckpointing", True, []),
         ("train.engine", "fsdp2", []),
+        ("train.priority", 5, []),
+        ("serve.priority", 5, []),
         ("train.packing", True, ALL[1:]),
         ("train.overLength", "drop", ALL[1:]),
         ("train.validation", {"data": "file:///data/validation.jsonl"}, ALL[1:]),

@@ -12,6 +12,7 @@ from fastserve.plan.memory import (
     linear_layers,
     lora_parameters,
     plan_cache,
+    replica_memory_bytes,
     serving_memory,
 )
 from fastserve.spec.compress import CompressStep
@@ -122,3 +123,12 @@ def test_on_an_accelerator_the_engine_takes_what_is_left(smol):
     card = Hardware(cpus=8, memory_bytes=32 * GIB, accelerators=1, accelerator_memory_bytes=24 * GIB)
     assert plan_cache(smol, serve(), card).kv_cache_bytes is None
     assert serving_memory(smol, serve(), smol.weight_bytes, card).total_bytes < 4 * GIB
+
+
+def test_a_replica_has_the_accelerators_of_its_profile_and_elsewhere_the_machine():
+    card = Hardware(cpus=8, memory_bytes=2**36, accelerators=4, accelerator_memory_bytes=24 * 2**30)
+    alone, spread = Serve(), Serve.model_validate({"engine": {"tensorParallel": 2}})
+    assert replica_memory_bytes(alone, card, described=True) == 24 * 2**30
+    assert replica_memory_bytes(spread, card, described=True) == 48 * 2**30
+    assert replica_memory_bytes(alone, Hardware(cpus=8, memory_bytes=2**36), described=True) == 2**36
+    assert replica_memory_bytes(alone, card, described=False) == 2**36

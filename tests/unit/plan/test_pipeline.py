@@ -16,9 +16,10 @@ from fastserve.plan.moves import (
     Wait,
 )
 from fastserve.plan.observed import Attempt, AttemptState, Committed, LiveRevision, Observed, Pin, RevisionState
-from fastserve.plan.pipeline import MAX_ATTEMPTS, next_moves, wanted_revision
+from fastserve.plan.pipeline import next_moves, wanted_revision
 from fastserve.plan.revision import Revision
 from fastserve.plan.stages import Stage
+from fastserve.plan.tries import MAX_ATTEMPTS
 
 NOW = 1_000_000.0
 GOOD = {

@@ -11,7 +11,7 @@ from fastserve.spec.serve import Serve
 
 
 def section(**serve):
-    return deciding(Serve.model_validate(serve), {"s3://b/de": "adapter bytes"})
+    return deciding(Serve.model_validate(serve))
 
 
 def test_a_revision_survives_json_with_its_digest():
@@ -25,6 +25,10 @@ def test_a_revision_survives_json_with_its_digest():
 def test_sizes_and_defaults_written_differently_are_one_revision():
     assert section(engine={"kvCache": "1GiB"}) == section(engine={"kvCache": "1024MiB"})
     assert section() == section(task="generate", engine={"prefixCaching": True})
+
+
+def test_who_gives_way_changes_no_answer():
+    assert section(priority=7) == section()
 
 
 def test_the_options_of_mlfq_decide_and_are_part_of_no_other_revision():
@@ -41,11 +45,12 @@ def test_the_section_can_be_read_back():
     assert (found.section().context, found.section().engine.kv_cache) == (64, 2**30)
 
 
-def test_an_adapter_enters_by_its_content():
-    adapters = [{"name": "de", "source": "s3://b/de"}]
-    found = section(adapters=adapters)
-    assert found["adapters"] == [{"name": "de", "digest": "adapter bytes"}]
-    assert Revision("chat", Stage.TRAIN, "k", "d", found).section().adapters == []
+def test_of_adapters_only_the_largest_rank_decides():
+    serve = Serve.model_validate({"adapters": [{"name": "de", "source": "s3://b/de"}]})
+    found = Revision("chat", Stage.TRAIN, "k", "d", deciding(serve, [8, 48]))
+    assert (found.lora_rank, found.section().adapters) == (64, [])
+    assert found.digest == Revision("chat", Stage.TRAIN, "k", "d", deciding(Serve(), [64])).digest
+    assert Revision("chat", Stage.TRAIN, "k", "d", deciding(serve)).lora_rank == 0
 
 
 def test_equal_values_have_one_digest():

@@ -219,7 +219,7 @@ class TestManifests:
 class TestDefaults:
     def test_scaling_changes_the_promise(self) -> None:
         manifest = stored(spec("{source: a, serve: {}}"))
-        assert manifest["spec"]["serve"]["replicas"] == {"min": 1}
+        assert manifest["spec"]["serve"]["replicas"] == {"min": 1, "idle": "5m"}
         manifest["spec"]["serve"]["replicas"]["min"] = 3
         scaled = read_one(stored(manifest))
         assert isinstance(scaled, Model)
@@ -376,7 +376,7 @@ def test_what_the_reader_accepts_is_stored_and_means_the_same(manifest: dict[str
         digests = {item.ident: digest_of(item.ident) for item in outside(first)}
         assert stage_keys(second, digests) == stage_keys(first, digests)
         if first.spec.serve is not None and second.spec.serve is not None:
-            assert deciding(second.spec.serve, digests) == deciding(first.spec.serve, digests)
+            assert deciding(second.spec.serve) == deciding(first.spec.serve)
 
 
 def pattern_at(path: str) -> str:

@@ -289,6 +289,13 @@ class TestKinds:
         )
         assert read(text) == read(f"{HEAD}spec: {{source: b}}\n")
 
+    @pytest.mark.parametrize("others", ["", ", owner: a"])
+    def test_what_kubectl_noted_is_no_wish(self, others: str) -> None:
+        noted = "kubectl.kubernetes.io/last-applied-configuration: '{}'"
+        text = f"{HEAD}spec: {{source: b}}\n".replace("name: a", f"name: a, annotations: {{{noted}{others}}}")
+        (model,) = read(text)
+        assert model.metadata.annotations == ({"owner": "a"} if others else {})
+
     def test_another_version_is_refused(self) -> None:
         problem = problems_of(f"{HEAD.replace('fastserve.dev/v1alpha1', 'kubeai.org/v1')}spec: {{source: a}}\n")[0]
         assert (problem.path, problem.suggestion) == ("apiVersion", "fastserve.dev/v1alpha1")

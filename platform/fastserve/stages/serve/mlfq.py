@@ -161,7 +161,7 @@ class MlfqScheduler(Scheduler):  # type: ignore[misc]  # vLLM is not typed for u
         """Who waits and could be let in at once, the best first."""
         adapters = {request.lora_request.lora_int_id for request in self.running if request.lora_request}
         for request in self.waiting:
-            if self._is_blocked_waiting_status(request.status):
+            if self._is_blocked_waiting_status(request.status) and not _has_its_grammar(request):
                 continue
             if request.num_stale_output_tokens and not request.drop_stale_output:
                 continue  # a token from before its preemption is still on its way
@@ -171,6 +171,8 @@ class MlfqScheduler(Scheduler):  # type: ignore[misc]  # vLLM is not typed for u
             blocks, cached = self._blocks_to_resume(request)
             tokens = request.num_tokens - cached
             yield Waiting(_rank(request), tokens, blocks, 1 if self.scheduler_config.enable_chunked_prefill else tokens)
+            # Only who is let in is followed by another one.
+            adapters |= {adapter} - {None}
 
     def _blocks_to_resume(self, request: Any) -> tuple[int, int]:
         """Free blocks that vLLM asks for before it lets `request` in, and its tokens that the prefix cache holds."""
@@ -198,6 +200,15 @@ class MlfqScheduler(Scheduler):  # type: ignore[misc]  # vLLM is not typed for u
 
 class MlfqAsyncScheduler(MlfqScheduler, AsyncScheduler):  # type: ignore[misc]
     """For engines that schedule a step while the one before it runs: tokens of a victim may still be on their way."""
+
+
+def _has_its_grammar(request: Any) -> bool:
+    """Whether a request for structured output waits for nothing but a place: vLLM itself looks for its grammar only
+    while a slot is free."""
+    if request.status != RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
+        return False
+    grammar = request.structured_output_request.grammar
+    return grammar is not None and not isinstance(grammar, Exception)
 
 
 def _rank(request: Any) -> Rank:

@@ -10,22 +10,25 @@ import asyncio
 import contextlib
 import io
 import logging
+import multiprocessing
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from fastserve.errors import EngineFailed
+from fastserve.stages.serve.loras import Loras
+from fastserve.stages.serve.signals import Signals
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-CHECK_SECONDS = 90.0
+CHECK_SECONDS = float(os.environ.get("FASTSERVE_CHECK_SECONDS", "90"))
 """Longest wait for a sign of life; one step of a large prefill on a busy CPU may take most of it."""
 
 IDLE_SECONDS = 30.0
@@ -34,23 +37,35 @@ IDLE_SECONDS = 30.0
 LAST_ANSWERS_SECONDS = 0.3
 """How long the answers of a dead engine's requests may take to leave, before the process ends."""
 
+_POOLING = ("embed", "classify", "token_embed", "token_classify")
+"""Tasks of vLLM's that need nothing but a text."""
+
 log = logging.getLogger("fastserve.serve")
 
 
 class EngineServer:
     """An engine and the ASGI application in front of it."""
 
-    def __init__(self, engine: Any = None, app: Any = None, generates: bool = False) -> None:
+    def __init__(
+        self, engine: Any = None, app: Any = None, tasks: Collection[str] = (), signals: Signals | None = None
+    ) -> None:
         """engine, app: ones that run already; without them `start` makes them.
 
-        generates: whether the engine answers with text, so that it can be asked for a token.
+        tasks: what the engine does, in vLLM's words, so that it can be asked to do it. signals: what it says of its
+        steps.
         """
         self._context: AbstractAsyncContextManager[Any] | None = None
         self._engine = engine
         self._app = app
-        self._generates = generates
+        self._tasks = tasks
+        self._signals = signals
+        self._loras: Loras | None = None
+        self._refused = 0
         self._in_flight = 0
+        self._drains = False
+        self._busy_since = time.monotonic()
         self._alive_at = time.monotonic()
+        self._stuck = False
         self._probes = 0
 
     async def start(self, model: Path, argv: Sequence[str]) -> None:
@@ -76,10 +91,20 @@ class EngineServer:
             await self.stop()
             raise EngineFailed(f"the engine cannot serve {model.name}: {error}; see the log of the replica") from error
         app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler stops a server through it
-        self._generates = "generate" in tasks
+        self._tasks = tasks
+        self._signals = Signals(self._engine.vllm_config.scheduler_config.max_num_seqs)
+        self._engine.logger_manager.stat_loggers.append(self._signals)
+        if self._engine.vllm_config.lora_config is not None:
+            self._loras = Loras(self._engine, app.state.openai_serving_models)
         self._app = app
         self._alive_at = time.monotonic()
         log.info("engine up in %.1f s", self._alive_at - began)
+
+    async def drain(self) -> None:
+        """Take nothing new, and wait until what runs has ended."""
+        self._drains = True
+        while self._in_flight and not (self.dead or self._stuck):
+            await asyncio.sleep(0.1)
 
     async def stop(self) -> None:
         """End the engine and its processes."""
@@ -91,18 +116,37 @@ class EngineServer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI connection (https://asgi.readthedocs.io)."""
         if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
+            await lifespan(receive, send)
             return
-        if self._app is None or self.dead:
+        if self._app is None or self._drains or self.dead or self._stuck:
             await send({"type": "http.response.start", "status": 503, "headers": [(b"retry-after", b"1")]})
             await send({"type": "http.response.body", "body": b""})
             return
+        if not self._in_flight:
+            self._busy_since = time.monotonic()
         self._in_flight += 1
         try:
             await self._app(scope, receive, send)
         finally:
             self._in_flight -= 1
             self._alive_at = time.monotonic()
+
+    # -- adapters and signals ----------------------------------------------------------------------------------------
+
+    async def set_adapters(self, wanted: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+        """Serve exactly these adapters: `name`, and `path` of a folder. Returns `name` and `why` of those refused."""
+        if self._loras is None:
+            refused = [{"name": item["name"], "why": "the engine was started without adapters"} for item in wanted]
+        else:
+            refused = await self._loras.make(wanted)
+        self._refused = len(refused)
+        return refused
+
+    def stats(self) -> dict[str, float]:
+        """What `Signals.values` says, and how many adapters were refused; empty without an engine."""
+        if self._signals is None:
+            return {}
+        return {**self._signals.values(), "adapters_refused": float(self._refused)}
 
     # -- health ------------------------------------------------------------------------------------------------------
 
@@ -114,8 +158,9 @@ class EngineServer:
     async def check(self) -> None:
         """Raise EngineFailed unless the engine shows that it works.
 
-        While it answers requests, its loop must reply between two steps: a request of our own could wait behind them
-        for minutes, and a full engine is not a sick one. When it idles, it must compute a token.
+        While it answers requests, its loop must reply between two steps, and they must get on: a request of our own
+        could wait behind them for minutes, and a full engine is not a sick one. When it idles, it must compute a token,
+        or a vector.
         """
         if self._engine is None or self.dead:
             raise EngineFailed("the engine's process has ended; Serve replaces this replica")
@@ -123,37 +168,62 @@ class EngineServer:
             return
         try:
             async with asyncio.timeout(CHECK_SECONDS):
-                if self._in_flight or not self._generates:
+                if self._in_flight:
                     await self._engine.is_sleeping()
                 else:
-                    await self._compute_one_token()
+                    await self._compute()
         except TimeoutError as error:
+            self._stuck = True
             raise EngineFailed(
                 f"the engine gave no sign of life for {CHECK_SECONDS:.0f}s; Serve replaces this replica"
             ) from error
+        if self._stands_still():
+            self._stuck = True
+            raise EngineFailed(
+                f"the engine has requests and computed nothing for {CHECK_SECONDS:.0f}s; Serve replaces this replica"
+            )
         self._alive_at = time.monotonic()
 
-    async def _compute_one_token(self) -> None:
-        from vllm import SamplingParams
+    def _stands_still(self) -> bool:
+        """Whether the engine's loop turns, with requests in it, and none of them gets on."""
+        if self._signals is None or not self._in_flight:
+            return False
+        moved_at = max(self._signals.moved_at, self._busy_since)
+        return time.monotonic() - moved_at > CHECK_SECONDS and self._engine.output_processor.has_unfinished_requests()
+
+    async def _compute(self) -> None:
+        """The least that the engine can do: one token, or the vector of one token."""
+        from vllm import PoolingParams, SamplingParams
 
         self._probes += 1
-        parameters = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-        async for _ in self._engine.generate({"prompt_token_ids": [1]}, parameters, f"health-{self._probes}"):
-            pass
+        name, prompt = f"health-{self._probes}", {"prompt_token_ids": [1]}
+        pooling = next((task for task in _POOLING if task in self._tasks), None)
+        if "transcription" in self._tasks or ("generate" not in self._tasks and pooling is None):
+            await self._engine.is_sleeping()  # it would need sound
+        elif "generate" in self._tasks:
+            parameters = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+            async for _ in self._engine.generate(prompt, parameters, name):
+                pass
+        else:
+            async for _ in self._engine.encode(prompt, PoolingParams(task=pooling), name):
+                pass
 
     async def exit_when_dead(self) -> None:
-        """Watch the engine; when it has ended, end this process, so that Serve starts another one at once.
+        """Watch the engine; when it has ended or is stuck, end this process, so that Serve starts another one at once.
 
         Serve itself would go on sending requests here until its third failed check.
         """
-        while not self.dead:
+        while not (self.dead or self._stuck):
             await asyncio.sleep(0.1)
-        log.error("the engine's process has ended; this replica ends too and Serve starts another")
+        what = "is stuck" if self._stuck else "has ended"
+        log.error("the engine's process %s; this replica ends too and Serve starts another", what)
         await asyncio.sleep(LAST_ANSWERS_SECONDS)
+        for process in multiprocessing.active_children():
+            process.kill()  # one that is stuck would not notice that it is alone, and keep its memory
         os._exit(1)
 
 
-async def _lifespan(receive: Receive, send: Send) -> None:
+async def lifespan(receive: Receive, send: Send) -> None:
     """The engine is started and ended by its owner, so there is nothing to do but to agree."""
     while True:
         message = await receive()

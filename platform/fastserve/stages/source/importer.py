@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastserve.artifacts import sources
+from fastserve.artifacts.adapter import CONFIG, WEIGHTS, read_adapter
 from fastserve.artifacts.describe import describe, has_weights, only_gguf
 from fastserve.artifacts.gguf_header import read_gguf
 from fastserve.artifacts.tokenizer import StopSet, TokenizerFiles, load_tokenizer, stop_set, write_tokenizer
@@ -27,17 +28,20 @@ if TYPE_CHECKING:
 
 
 def run(work: Work) -> Outcome:
-    """Fetch and import the model of `spec.source`.
+    """Fetch and import the model of `spec.source`, or an adapter of `spec.serve.adapters`.
 
     The outcome's `model/` holds config.json, *.safetensors, tokenizer.json, tokenizer_config.json, chat_template.jinja
     where there is a template, and generation_config.json with every end token. A folder's own files stay as they were,
     but for generation_config.json. A folder without weights, which only a model from scratch can be made of, stays as
     it is. Metrics: format, architecture, parameters, bytes, dtype, maxContext, stopTokens,
-    warnings.
+    warnings. Of an adapter, the outcome's `adapter/` holds its configuration and its weights; metrics: rank, modules,
+    bytes.
     Raises SourceNotFound, SourceInvalid, DigestMismatch, StageFailed, StoreFull.
     """
     from fastserve.stages.work import Outcome
 
+    if "adapter" in work.request.section:
+        return _adapter(work, Source.model_validate(work.request.section["adapter"]))
     source = Source.model_validate(work.request.section)
     ident = ident_of(source)
     if ident not in work.request.data:
@@ -63,6 +67,19 @@ def run(work: Work) -> Outcome:
         work.report.update(aside.stat().st_size, aside.stat().st_size, "bytes", note="dequantised to bf16")
         aside.unlink()
     return Outcome(work.scratch / "outcome", _metrics(facts, "safetensors" if packed is None else "gguf"))
+
+
+def _adapter(work: Work, source: Source) -> Outcome:
+    from fastserve.stages.work import Outcome
+
+    brought = work.data(source, "adapter")
+    facts = read_adapter(brought, f"adapter {ident_of(source)}")
+    into = work.scratch / "outcome" / "adapter"
+    into.mkdir(parents=True)
+    for name in (CONFIG, WEIGHTS):
+        shutil.move(brought / name, into / name)
+    metrics = {"format": "lora", "rank": facts.rank, "modules": list(facts.modules), "bytes": facts.size_bytes}
+    return Outcome(work.scratch / "outcome", metrics)
 
 
 def settle_folder(model: Path) -> ModelFacts:

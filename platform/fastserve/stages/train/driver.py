@@ -6,6 +6,8 @@ the newest checkpoint and goes on from there, or only exports when the last step
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -29,13 +31,24 @@ from fastserve.plan.training import require_targets, training_facts
 from fastserve.spec.train import Train
 from fastserve.stages.train import news, scratch, state
 from fastserve.stages.train.export import export
-from fastserve.stages.train.machines import Machines, machines, selectors, worker_environment, worker_threads
+from fastserve.stages.train.machines import (
+    Machines,
+    machines,
+    selectors,
+    usable_places,
+    worker_environment,
+    worker_threads,
+)
 from fastserve.stages.train.network import read_config
 from fastserve.stages.train.order import Order
 from fastserve.stages.train.packing import require_packable
+from fastserve.stages.train.pause import PAUSED
+from fastserve.stages.train.size import Size, Sizes, Usable, listed
 from fastserve.stages.train.task import Task
 from fastserve.stages.train.tokens import CorpusRef, open_corpus, tokenised
 from fastserve.stages.work import Outcome, Work
+
+_LOG = logging.getLogger(__name__)
 
 WORKER_RESTARTS = 3
 """Times that a group of workers of a fixed size is started anew within one attempt."""
@@ -46,6 +59,12 @@ ELASTIC_RESTARTS = 50
 _LOOK_EVERY_SECONDS = "1"
 _START_SECONDS = "20"
 """Ray waits so long for a lost machine's place to be given out before it goes on with fewer (its default is 60 s)."""
+
+_STARTS_AT_ONE_SIZE = 1
+"""Times that an elastic group that finds no machines is tried again, before it is seen anew which there are."""
+
+_NO_MACHINES = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
+"""Ray Train's errors of a group that could not be placed or started."""
 
 _RESIZE_EVERY_SECONDS = 8.0
 _COLLECTIVE_SECONDS = 300
@@ -130,13 +149,9 @@ def _prepare(work: Work, train: Train) -> _Prepared:
 
 
 def _train(work: Work, prepared: _Prepared) -> None:
-    """Run the workers until the last step's checkpoint is in the store."""
+    """Run the workers until the last step's checkpoint is in the store; in parts, where the run changes its size."""
     # Imported here: rows that teach nothing are refused before Ray is loaded.
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from fastserve.stages.train.worker import run_worker
 
     # Read by Ray Train's controller, which takes the variables of this process over.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_SECONDS)
@@ -144,43 +159,93 @@ def _train(work: Work, prepared: _Prepared) -> None:
     if not ray.is_initialized():
         ray.init(address="auto")
     train = prepared.train
+    sizes = Sizes(work, train, _usable(train, machines(train, ray.nodes()).accelerated))
+    with news.following(work, remark=lambda: sizes.now.note):
+        for part in itertools.count(1):
+            size = sizes.choose()
+            with sizes.watching(part):
+                ended = _part(work, prepared, size, part)
+            if ended is _NOT_STARTED or (ended is not None and ended["reason"] == PAUSED):
+                continue
+            break
+    raise_for(ended, prepared.total_steps)
+
+
+def _usable(train: Train, accelerated: bool) -> Usable:
+    """Places that this run has or could have, as Ray knows them now."""
+    import ray
+    from ray._private import state as ray_state
+    from ray.exceptions import RayError
+
+    def usable(held: Mapping[str, int]) -> Mapping[str, int] | None:
+        try:
+            return usable_places(
+                listed(train), held, ray.nodes(), ray_state.available_resources_per_node(), accelerated
+            )
+        except RayError as error:
+            _LOG.warning("which machines are free was not learnt: %s", error)
+            return held  # no more than there is for sure
+
+    return usable
+
+
+_NOT_STARTED: Mapping[str, Any] = {"reason": "NotStarted"}
+"""What a part returns whose machines could not be had."""
+
+
+def _part(work: Work, prepared: _Prepared, size: Size, part: int) -> Mapping[str, Any] | None:
+    """One Ray Train run; what its first worker returned, or _NOT_STARTED."""
+    import ray
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from fastserve.stages.train.worker import run_worker
+
+    train, elastic = prepared.train, prepared.train.elastic
     there = machines(train, ray.nodes())
-    threads = worker_threads(train.worker_count, there.count)
-    elastic = train.elastic
-    workers: Any = train.worker_count if elastic is None else (elastic.min_workers, train.worker_count)
+    threads = worker_threads(size.count, there.count)
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={
-            "task": task_of(work, prepared, there, threads),
+            "task": task_of(work, prepared, there, threads, part),
             "corpus": prepared.corpus,
             "validation": prepared.validation,
         },
         torch_config=TorchConfig(backend="nccl" if there.accelerated else "gloo", timeout_s=_COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=size.count if elastic is None else (min(elastic.min_workers, size.count), size.count),
             use_gpu=there.accelerated,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if there.accelerated else {})},
-            label_selector=selectors(train),
+            label_selector=selectors(train, size),
             elastic_resize_monitor_interval_s=_RESIZE_EVERY_SECONDS,
         ),
         run_config=RunConfig(
-            name=f"train-{work.request.key[:12]}-{work.request.attempt}",
+            name=f"train-{work.request.key[:12]}-{work.request.attempt}-{part}",
             storage_path=str(work.scratch / "ray_train"),
-            failure_config=FailureConfig(max_failures=WORKER_RESTARTS if elastic is None else ELASTIC_RESTARTS),
+            failure_config=FailureConfig(
+                max_failures=WORKER_RESTARTS if elastic is None else ELASTIC_RESTARTS,
+                controller_failure_limit=-1 if elastic is None else _STARTS_AT_ONE_SIZE,
+            ),
             worker_runtime_env={"env_vars": worker_environment(threads, one_machine=one_host(ray.nodes()))},
         ),
     )
     try:
-        with news.following(work):
-            result = trainer.fit()
+        ended: Mapping[str, Any] | None = trainer.fit().return_value
+        return ended
+    except ControllerError as error:
+        if elastic is not None and type(error.controller_failure).__name__ in _NO_MACHINES:
+            return _NOT_STARTED
+        raise _broken_off(work, error) from error
     except TrainingFailedError as error:
-        raise StageFailed(
-            f"training broke off: {_first_cause(error)}; see `fastserve logs {work.request.model} train`"
-        ) from error
-    raise_for(result.return_value, prepared.total_steps)
+        raise _broken_off(work, error) from error
 
 
-def task_of(work: Work, prepared: _Prepared, there: Machines, threads: int) -> Task:
+def _broken_off(work: Work, error: BaseException) -> StageFailed:
+    cause = _first_cause(error)
+    return StageFailed(f"training broke off: {cause}; see `fastserve logs {work.request.model} train`")
+
+
+def task_of(work: Work, prepared: _Prepared, there: Machines, threads: int, part: int) -> Task:
     """What the workers are told."""
     train = prepared.train
     longest = max(prepared.corpus.longest, prepared.validation.longest if prepared.validation else 0)
@@ -197,6 +262,7 @@ def task_of(work: Work, prepared: _Prepared, there: Machines, threads: int) -> T
         longest,
         facts,
         config=scratch.config_of(prepared.model) if train.method == "scratch" else None,
+        part=part,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from fastserve.errors import InsufficientHardware
 from fastserve.spec.train import Train
 from fastserve.stages.train.place import LOCAL, PROFILE_LABEL
+from fastserve.stages.train.size import Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +52,50 @@ def machines(train: Train, nodes: Sequence[Mapping[str, Any]]) -> Machines:
     return Machines(len(used), accelerated)
 
 
-def selectors(train: Train) -> list[dict[str, str]] | None:
-    """Label selectors, one for each worker; None when any machine will do.
+def usable_places(
+    listed: Mapping[str, int],
+    held: Mapping[str, int],
+    nodes: Sequence[Mapping[str, Any]],
+    free: Mapping[str, Mapping[str, float]],
+    accelerated: bool,
+) -> dict[str, int] | None:
+    """Places for workers by profile, those of this run included; None where `local` stands beside other profiles, so
+    that one machine is of several.
 
-    A run of fixed size gets exactly its workers' profiles. An elastic one gets machines of any of them: Ray takes the
-    first so many selectors when it shrinks, and those might ask for the very machine that was lost.
+    listed: workers that the manifest lists by profile. held: workers of this run by profile. nodes: `ray.nodes()`.
+    free: resources that nobody has taken, by node. A profile on which nobody else is has as many places as are listed:
+    machines that are not there may come, and Ray asks for them.
+    """
+    if LOCAL in listed and len(listed) > 1:
+        return None
+    found = {}
+    for profile, count in listed.items():
+        those = [node for node in nodes if node.get("Alive") and _is_of(node, profile)]
+        there = sum(_places(node.get("Resources", {}), accelerated) for node in those)
+        left = sum(_places(free.get(str(node.get("NodeID")), {}), accelerated) for node in those)
+        ours = held.get(profile, 0) if profile != LOCAL else sum(held.values())
+        found[profile] = count if left + ours >= there else left + ours
+    return found
+
+
+def _places(resources: Mapping[str, float], accelerated: bool) -> int:
+    """Workers that these resources are enough for."""
+    return int(min(resources.get("CPU", 0), resources.get("GPU", 0) if accelerated else math.inf))
+
+
+def selectors(train: Train, size: Size) -> list[dict[str, str]] | None:
+    """Label selectors, one for each worker of this size; None when any machine will do.
+
+    A run of fixed size gets exactly its workers' profiles, and so does one that leaves machines to others. An elastic
+    one of its whole size gets machines of any of them: Ray takes the first so many selectors when it shrinks, and those
+    might ask for the very machine that was lost.
     """
     profiles = [workers.profile for workers in train.workers for _ in range(workers.count)]
     if set(profiles) == {LOCAL}:
         return None
-    if train.elastic is None:
+    if not size.whole:
+        profiles = [profile for profile, count in size.workers.items() for _ in range(count)]
+    if train.elastic is None or not size.whole:
         return [{} if profile == LOCAL else {PROFILE_LABEL: profile} for profile in profiles]
     if LOCAL in profiles:
         return None

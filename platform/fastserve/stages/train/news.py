@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,10 +40,13 @@ def last(store: Store, request: StageRequest) -> Progress | None:
 
 
 @contextmanager
-def following(work: Work) -> Iterator[None]:
-    """Hand the workers' news on to `work.report` while the body runs."""
+def following(work: Work, remark: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Hand the workers' news on to `work.report` while the body runs.
+
+    remark: what there is to say of the run's size, in place of the workers' note; empty when there is nothing.
+    """
     ended = threading.Event()
-    thread = threading.Thread(target=_follow, args=(work, ended), name="training-news", daemon=True)
+    thread = threading.Thread(target=_follow, args=(work, remark, ended), name="training-news", daemon=True)
     thread.start()
     try:
         yield
@@ -52,14 +55,15 @@ def following(work: Work) -> Iterator[None]:
         thread.join()
 
 
-def _follow(work: Work, ended: threading.Event) -> None:
-    last = 0.0
+def _follow(work: Work, remark: Callable[[], str], ended: threading.Event) -> None:
+    last, said = 0.0, ""
     while True:
         over = ended.wait(EVERY_SECONDS)
         news = _read(work.store, work.request)
-        if news is not None and news.at > last:
-            last = news.at
-            work.report.update(news.done, news.total, news.unit, news.note, **news.metrics)
+        note = remark()
+        if news is not None and (news.at > last or note != said):
+            last, said = news.at, note
+            work.report.update(news.done, news.total, news.unit, note or news.note, **{**news.metrics, "size": note})
         if over:
             return
 

@@ -18,6 +18,7 @@ from fastserve.stages.train.group import Group
 from fastserve.stages.train.loop import loss_sum
 from fastserve.stages.train.meter import Meter, Times, Watch
 from fastserve.stages.train.order import Batch, Order
+from fastserve.stages.train.pause import PAUSED
 from fastserve.stages.train.place import used_bytes
 from fastserve.stages.train.probe import link_seconds
 from fastserve.stages.train.reports import Reports
@@ -40,7 +41,7 @@ LEAST_ROUND_COST = 0.01
 NOTICE_EVERY_SECONDS = 5.0
 """How often the workers ask Ray together whether a machine is about to be taken away."""
 
-_LOSS, _GRADIENT, _WALL, _DATA, _COLLECTIVE, _TOKENS, _PIECES, _OPTIMIZER, _MEMORY, _FAULT, _ASK = range(11)
+_LOSS, _GRADIENT, _WALL, _DATA, _COLLECTIVE, _TOKENS, _PIECES, _OPTIMIZER, _MEMORY, _FAULT, _ASK, _PAUSE = range(12)
 
 
 class Run:
@@ -56,16 +57,17 @@ class Run:
         started: Started,
         saver: Saver,
         notice: Callable[[], bool] | None = None,
+        paused: Callable[[], bool] = lambda: False,
     ) -> None:
         """held_out: samples of train.validation. notice: whether this run's machines are about to be taken away;
-        collective."""
+        collective. paused: whether this worker knows that all shall stop after the step."""
         self.task, self.corpus, self.held_out, self.group, self.saver = task, corpus, held_out, group, saver
         self.engine, self.run = started.engine, started.run
         self.plan: SharePlan = started.plan
         self.scale = LossScale.of(task.train.precision, self.run.loss_scale, self.run.extra)
         self.meter = Meter(started.paces, trusted=started.measured)
         self.reports = Reports(store, task, group, started)
-        self._notice = notice
+        self._notice, self._paused = notice, paused
         self._noticed = False
         self._asked_at = time.monotonic()
         self._optimizer_seconds = 0.0
@@ -92,12 +94,15 @@ class Run:
             on_step(row)
             if stop:
                 self.run.extra["ended"] = f"validation has not improved since step {self.run.best_step}"
-            self._save_when_due(stop)
-            if stop:
+            self._save_when_due(stop or self._stopping)
+            if stop or self._stopping:
                 break
         self.saver.wait()
         self.reports.close(self.run)
-        return Ended(self.run.step, early="ended" in self.run.extra)
+        early = "ended" in self.run.extra
+        return Ended(
+            self.run.step, PAUSED if self._stopping and not early and self.run.step < total else "", early=early
+        )
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -166,6 +171,7 @@ class Run:
             _MEMORY: used_bytes(self.group),
             _FAULT: self.saver.fault_code,
             _ASK: float(ask),
+            _PAUSE: float(self._paused()),
         }
         self._optimizer_seconds = 0.0
         return self.group.gather_numbers([mine[place] for place in sorted(mine)])
@@ -199,6 +205,7 @@ class Run:
         if self.meter.wants_a_look_at_the_network():
             self.meter.take_links(link_seconds(self.group))
         self._replan()
+        self._stopping = any(row[_PAUSE] for row in told)
         if any(row[_FAULT] for row in told):
             self.saver.check()
         if self._notice is not None and any(row[_ASK] for row in told):
@@ -222,6 +229,9 @@ class Run:
 
     _leaving = False
     """Whether a notice came that no checkpoint has answered yet."""
+
+    _stopping = False
+    """Whether all stop after this step."""
 
     # -- between steps -------------------------------------------------------------------------------------------
 

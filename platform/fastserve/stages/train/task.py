@@ -34,6 +34,9 @@ class Task:
     config: Mapping[str, Any] | None = None
     """config.json of a model from scratch; None: the model has a folder with weights."""
 
+    part: int = 1
+    """Which part of the run this is: each change of its size begins another one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ended:

@@ -18,6 +18,7 @@ from fastserve.artifacts import attempts
 from fastserve.artifacts.store import Store
 from fastserve.artifacts.stores import open_store
 from fastserve.errors import AttemptFenced, InsufficientMemory, NotExecutable, StageFailed, StoreFull
+from fastserve.stages.train import pause
 from fastserve.stages.train.corpus import Corpus
 from fastserve.stages.train.group import Group
 from fastserve.stages.train.place import Place, ray_place
@@ -53,7 +54,10 @@ def run_worker(config: Mapping[str, Any]) -> dict[str, Any]:
         # On this machine the store's own folder, else a copy in the cache; digests were checked by the driver.
         folder = attempts.fetch(store, record, verify=False) / "model"
     group = Group.current(place.device)
-    ended = train(store, task, corpus, folder, group, held_out=held_out, place=place, notice=_preemption())
+    with pause.watched(store, task.request, task.part, first=group.rank == 0) as paused:
+        ended = train(
+            store, task, corpus, folder, group, held_out=held_out, place=place, notice=_preemption(), paused=paused
+        )
     return {"step": ended.step, "reason": ended.reason, "message": ended.message, "early": ended.early}
 
 
@@ -68,11 +72,13 @@ def train(
     held_out: Corpus | None = None,
     place: Place | None = None,
     notice: Callable[[], bool] | None = None,
+    paused: Callable[[], bool] = lambda: False,
 ) -> Ended:
     """Train the model in `folder` from the newest checkpoint to the last step, on this worker of `group`.
 
     on_step: told each row of the curve as it is made. held_out: samples of train.validation. notice: asked by all
-    workers together now and then, whether machines are about to be taken away.
+    workers together now and then, whether machines are about to be taken away. paused: whether this worker knows that
+    all shall stop after this step; then the state is saved, and the run ends with the reason PAUSED.
 
     A loss or gradient that is no finite number sends the run back to its last checkpoint, once. What all workers meet
     alike and would meet again is returned; what may have befallen one of them alone (a store that could not be reached,
@@ -83,7 +89,7 @@ def train(
         saver = Saver(store, task.request, group, keep=task.train.checkpoint.keep)
         try:
             started = start(store, task, corpus, folder, group, place or Place(device=group.device))
-            return Run(store, task, corpus, held_out, group, started, saver, notice).to_end(on_step)
+            return Run(store, task, corpus, held_out, group, started, saver, notice, paused).to_end(on_step)
         except NotFinite as error:
             saver.wait()  # the last good checkpoint may still be on its way
             return NotFinite(error.step, str(error))  # without the frames that hold the model

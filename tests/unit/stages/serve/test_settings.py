@@ -57,3 +57,31 @@ def test_damaged_bytes_are_not_served(store: Store, record: Record, tmp_path: Pa
 def test_a_model_that_is_gone_says_what_to_do(store: Store) -> None:
     with pytest.raises(ArtifactNotFound, match="fastserve up"):
         _settings(store, "0" * 64).fetch_model()
+
+
+@pytest.fixture
+def adapter(store: Store, tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "brought" / "adapter").mkdir(parents=True)
+    (tmp_path / "brought" / "adapter" / "adapter_config.json").write_text("{}")
+    request = StageRequest("chat", Stage.SOURCE, "b" * 64, 1, {})
+    attempts.claim(store, request)
+    record = attempts.commit(store, request, tmp_path / "brought", {"rank": 8}, {})
+    return {"name": "de", "key": "b" * 64, "digest": record.digest}
+
+
+def test_an_adapter_comes_from_the_store_with_its_bytes_checked(
+    store: Store, record: Record, adapter: dict[str, str], tmp_path: Path
+) -> None:
+    settings = _settings(store, record.digest)
+    assert (settings.fetch_adapter(adapter) / "adapter_config.json").read_text() == "{}"
+    with pytest.raises(DigestMismatch, match="adapter de"):
+        settings.fetch_adapter(adapter | {"digest": "0" * 64})
+    with pytest.raises(ArtifactNotFound, match=r"adapter de .*fastserve up"):
+        settings.fetch_adapter(adapter | {"key": "c" * 64})
+    there = [{"name": "de", "path": str(settings.fetch_adapter(adapter))}]
+    assert settings.fetch_adapters([adapter, adapter | {"name": "gone", "key": "c" * 64}]) == there
+    (file,) = (tmp_path / "store").rglob("adapter_config.json")
+    file.chmod(0o644)
+    file.write_text("[]")
+    with pytest.raises(DigestMismatch, match=r"adapter_config\.json"):
+        settings.fetch_adapter(adapter)

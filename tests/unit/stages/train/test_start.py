@@ -19,6 +19,7 @@ from fastserve.stages.train.corpus import Corpus
 from fastserve.stages.train.group import Group
 from fastserve.stages.train.machines import Machines, machines, selectors
 from fastserve.stages.train.place import PROFILE_LABEL, Place, free_bytes, memory_bytes, resident_bytes
+from fastserve.stages.train.size import Size
 from fastserve.stages.train.start import given_speeds, start
 from fastserve.stages.train.task import Task
 
@@ -31,6 +32,11 @@ def train_of(*workers: tuple[str, int, float | None], **section: Any) -> Train:
         for profile, count, speed in workers
     ]
     return Train.model_validate({"dataset": "rows.jsonl", "workers": listed, **section})
+
+
+def all_of(train: Train) -> Size:
+    listed = {workers.profile: workers.count for workers in train.workers}
+    return Size(listed, listed)
 
 
 def test_given_speeds_go_by_profile_not_by_the_order_of_ranks() -> None:
@@ -52,10 +58,11 @@ def test_workers_go_to_the_machines_of_their_profiles() -> None:
     train = train_of(("l4", 2, None), ("a100", 1, None))
     nodes = [node("l4", gpus=1), node("a100", gpus=8), node(), node("l4", alive=False, gpus=1)]
     assert machines(train, nodes) == Machines(2, accelerated=True)
-    assert selectors(train) == [{PROFILE_LABEL: "l4"}, {PROFILE_LABEL: "l4"}, {PROFILE_LABEL: "a100"}]
+    assert selectors(train, all_of(train)) == [{PROFILE_LABEL: "l4"}, {PROFILE_LABEL: "l4"}, {PROFILE_LABEL: "a100"}]
     assert machines(train, [node("l4", gpus=1), node("a100")]) == Machines(2, accelerated=False)
     assert machines(train_of(("local", 2, None)), [node()]).one
-    assert selectors(train_of(("local", 2, None))) is None
+    local = train_of(("local", 2, None))
+    assert selectors(local, all_of(local)) is None
 
 
 def test_a_profile_that_no_machine_has_is_refused_with_those_there_are() -> None:
@@ -68,8 +75,11 @@ def test_a_profile_that_no_machine_has_is_refused_with_those_there_are() -> None
 
 def test_an_elastic_run_takes_machines_of_any_of_its_profiles() -> None:
     train = train_of(("l4", 2, None), ("a100", 1, None), elastic={"minWorkers": 1})
-    assert selectors(train) == [{PROFILE_LABEL: "in(a100,l4)"}] * 3
-    assert selectors(train_of(("l4", 2, None), elastic={"minWorkers": 1})) == [{PROFILE_LABEL: "l4"}] * 2
+    assert selectors(train, all_of(train)) == [{PROFILE_LABEL: "in(a100,l4)"}] * 3
+    alike = train_of(("l4", 2, None), elastic={"minWorkers": 1})
+    assert selectors(alike, all_of(alike)) == [{PROFILE_LABEL: "l4"}] * 2
+    lent = Size({"l4": 1, "a100": 1}, {"l4": 2, "a100": 1})
+    assert selectors(train, lent) == [{PROFILE_LABEL: "l4"}, {PROFILE_LABEL: "a100"}]
     assert machines(train, [node("l4")]).one  # the other kind may still come
     with pytest.raises(InsufficientHardware):
         machines(train, [node()])

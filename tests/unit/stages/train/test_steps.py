@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fastserve.artifacts.checkpoints import fetch_checkpoint, newest_checkpoint
 from fastserve.artifacts.store import Store
 from fastserve.artifacts.stores import open_store
 from fastserve.plan.stages import Stage
-from fastserve.stages.train import state, steps
+from fastserve.stages.train import pause, state, steps
 from fastserve.stages.train.corpus import Corpus, Rectangle
 from fastserve.stages.train.group import Group
 from fastserve.stages.train.place import Place
@@ -380,3 +381,45 @@ def test_a_notice_of_preemption_is_answered_with_a_checkpoint(
     assert seen[2] is None
     assert seen[4] == 3  # once, not at every step
     assert seen[5] == 3
+
+
+def test_a_run_that_is_paused_goes_on_with_other_ranks_and_nothing_is_done_twice(
+    new_store: Callable[[], Store],
+    tiny_model: Path,
+    corpus: Corpus,
+    new_task: NewTask,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = new_task(method="full", epochs=3, learningRate=3e-3, checkpoint={"everySteps": 100})
+    _, calm = losses(new_store(), task, corpus, tiny_model, 1)
+    store = new_store()
+    attempts.claim(store, task.request)
+    monkeypatch.setattr(pause, "EVERY_SECONDS", 0.01)
+    rows: list[dict[str, Any]] = []
+    for part, (ranks, stop_at) in enumerate(((3, 2), (1, 5), (2, 0)), 1):
+        told = replace(task, part=part)
+
+        def rank(told: Task = told, stop_at: int = stop_at) -> tuple[Ended, list[dict[str, Any]]]:
+            seen: list[dict[str, Any]] = []
+            group = Group.current()
+
+            def on_step(row: Mapping[str, Any]) -> None:
+                seen.append(dict(row))
+                if row["step"] == stop_at and group.rank == 0:
+                    pause.ask(store, told.request, told.part)
+                time.sleep(0.02)
+
+            # Ranks know at different times; they stop together.
+            with pause.watched(store, told.request, told.part, first=group.rank == 0) as paused:
+                return train(store, told, corpus, tiny_model, group, on_step=on_step, paused=paused), seen
+
+        found = run_ranks(rank, ranks)
+        assert len({ended for ended, _ in found}) == 1
+        ended, made = found[0]
+        assert ended.reason == (pause.PAUSED if stop_at else "")
+        rows += made
+        assert ended.step == rows[-1]["step"] == newest_checkpoint(store, Stage.TRAIN, task.request.key)
+    assert [row["step"] for row in rows] == list(range(1, task.total_steps + 1))
+    assert [row["tokens"] for row in rows] == [row["tokens"] for row in calm]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in calm], abs=5e-6)
+    assert (news(store, task)["restarts"], news(store, task)["lostSteps"]) == (2, 0)

@@ -1,0 +1,190 @@
+"""Calls to a Kubernetes API server: one place that knows paths, conflicts, and what each failure means.
+
+Objects are plain values, as they travel. Names go into a path percent-encoded, so that no name can become a path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import quote, urlencode
+
+import urllib3
+from kubernetes import client, config
+from kubernetes.client.exceptions import ApiException
+
+from fastserve.errors import ClusterFailed, StateChanged
+from fastserve.spec.model import API_VERSION
+
+FIELD_MANAGER = "fastserve-operator"
+MANAGED_BY = "app.kubernetes.io/managed-by"
+MANAGER = "fastserve"
+PAGE = 500
+ANSWER_SECONDS = 30.0
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """A kind of object and where the API server keeps it."""
+
+    api_version: str
+    kind: str
+    plural: str
+    namespaced: bool = True
+
+    def path(self, namespace: str | None, name: str | None = None) -> str:
+        """Path of the collection, or of one object. namespace None: over all namespaces."""
+        parts = ["", "api" if self.api_version == "v1" else "apis", *self.api_version.split("/")]
+        if self.namespaced and namespace is not None:
+            parts += ["namespaces", quote(namespace, safe="")]
+        parts.append(self.plural)
+        if name is not None:
+            parts.append(quote(name, safe=""))
+        return "/".join(parts)
+
+
+MODELS = Resource(API_VERSION, "Model", "models")
+ACCESS_KEYS = Resource(API_VERSION, "AccessKey", "accesskeys")
+PROFILES = Resource(API_VERSION, "HardwareProfile", "hardwareprofiles", namespaced=False)
+CONFIG_MAPS = Resource("v1", "ConfigMap", "configmaps")
+SECRETS = Resource("v1", "Secret", "secrets")
+EVENTS = Resource("v1", "Event", "events")
+LEASES = Resource("coordination.k8s.io/v1", "Lease", "leases")
+RAY_CLUSTERS = Resource("ray.io/v1", "RayCluster", "rayclusters")
+
+
+class KubeApi:
+    """The API server that a kubeconfig or the pod's own service account leads to."""
+
+    def __init__(self, api_client: client.ApiClient) -> None:
+        self._client = api_client
+
+    @classmethod
+    def connect(cls) -> Self:
+        """By the service account in a pod, else by KUBECONFIG. Raises ClusterFailed when neither is there."""
+        configuration = client.Configuration()
+        try:
+            if Path("/var/run/secrets/kubernetes.io/serviceaccount/token").exists():
+                config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+            else:
+                config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+        except config.ConfigException as error:
+            raise ClusterFailed(f"no Kubernetes cluster is configured ({error}); set KUBECONFIG") from error
+        configuration.retries = False
+        return cls(client.ApiClient(configuration))
+
+    def get(self, resource: Resource, namespace: str | None, name: str) -> Object | None:
+        """One object; None when there is none of that name."""
+        status, answer = self._call("GET", resource.path(namespace, name))
+        return None if status == 404 else self._good(status, answer, f"read {resource.kind} {name}")
+
+    def list(self, resource: Resource, namespace: str | None, labels: str = "") -> list[Object]:
+        """Every object, page by page. namespace None: of all namespaces. labels: a label selector."""
+        query: dict[str, Any] = {"limit": PAGE, **({"labelSelector": labels} if labels else {})}
+        found: list[Object] = []
+        while True:
+            status, answer = self._call("GET", resource.path(namespace), query=query)
+            page = self._good(status, answer, f"list {resource.plural}")
+            found += [{"apiVersion": resource.api_version, "kind": resource.kind, **item} for item in page["items"]]
+            if not page.get("metadata", {}).get("continue"):
+                return found
+            query["continue"] = page["metadata"]["continue"]
+
+    def create(self, resource: Resource, value: Mapping[str, Any]) -> Object:
+        """Make an object. Raises StateChanged when there is one of that name."""
+        metadata = value["metadata"]
+        body = {"apiVersion": resource.api_version, "kind": resource.kind, **value}
+        status, answer = self._call(
+            "POST", resource.path(metadata.get("namespace")), body=body, query={"fieldManager": FIELD_MANAGER}
+        )
+        return self._good(status, answer, f"create {resource.kind} {metadata.get('name', '')}")
+
+    def merge(
+        self, resource: Resource, namespace: str | None, name: str, patch: Mapping[str, Any], version: str
+    ) -> Object:
+        """Change some keys of an object (RFC 7386). Raises StateChanged when it is no longer at resourceVersion
+        `version`, or gone."""
+        metadata = {**patch.get("metadata", {}), "resourceVersion": version}
+        status, answer = self._call(
+            "PATCH",
+            resource.path(namespace, name),
+            body={**patch, "metadata": metadata},
+            query={"fieldManager": FIELD_MANAGER},
+            content="application/merge-patch+json",
+        )
+        if status == 404:
+            raise StateChanged(f"{resource.kind} {name} is gone; the next look decides again")
+        return self._good(status, answer, f"change {resource.kind} {name}")
+
+    def apply_status(self, resource: Resource, found: Mapping[str, Any], status_value: Mapping[str, Any]) -> None:
+        """Server-side apply of the whole status, with a field manager of our own. Nothing when the object is gone."""
+        metadata = found["metadata"]
+        kept = {key: metadata[key] for key in ("name", "namespace", "uid") if key in metadata}
+        body = {"apiVersion": resource.api_version, "kind": resource.kind, "metadata": kept, "status": status_value}
+        status, answer = self._call(
+            "PATCH",
+            resource.path(metadata.get("namespace"), metadata["name"]) + "/status",
+            body=body,
+            query={"fieldManager": FIELD_MANAGER, "force": "true"},
+            content="application/apply-patch+yaml",
+        )
+        if status != 404:
+            self._good(status, answer, f"write the status of {resource.kind} {metadata['name']}")
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        query: Mapping[str, Any] | None = None,
+        content: str = "application/json",
+    ) -> tuple[int, Object]:
+        headers = {"Accept": "application/json", "Content-Type": content}
+        asked = self._client.param_serialize(
+            method=method,
+            resource_path=path + (f"?{urlencode(query)}" if query else ""),
+            header_params=headers,
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        try:
+            response = self._client.call_api(*asked, _request_timeout=ANSWER_SECONDS)
+            raw = response.read()  # type: ignore[no-untyped-call]
+        except (urllib3.exceptions.HTTPError, ApiException, OSError) as error:
+            raise ClusterFailed(f"the Kubernetes API server does not answer ({error}); it is asked again") from error
+        try:
+            return response.status, json.loads(raw)
+        except ValueError:
+            return response.status, {"message": raw[:300].decode(errors="replace")}
+
+    def _good(self, status: int, answer: Object, what: str) -> Object:
+        if status == 409:
+            raise StateChanged(f"could not {what}: {answer.get('message', 'conflict')}; the next look decides again")
+        if not 200 <= status < 300:
+            raise ClusterFailed(f"the Kubernetes API server would not {what} ({status}: {answer.get('message', '')})")
+        return answer
+
+
+def owner_reference(resource: Resource, owner: Mapping[str, Any]) -> Object:
+    """What an object says of the one that it goes with."""
+    return {
+        "apiVersion": resource.api_version,
+        "kind": resource.kind,
+        "name": owner["metadata"]["name"],
+        "uid": owner["metadata"]["uid"],
+        "controller": True,
+        "blockOwnerDeletion": False,
+    }
+
+
+def is_ours(found: Mapping[str, Any], owner_uid: str | None = None) -> bool:
+    """Whether an object is one that FastServe made, for this owner where one is given."""
+    metadata = found["metadata"]
+    owners = {owner["uid"] for owner in metadata.get("ownerReferences") or ()}
+    ours = (metadata.get("labels") or {}).get(MANAGED_BY) == MANAGER
+    return ours and (owner_uid is None or owner_uid in owners)

@@ -1,0 +1,205 @@
+"""A small API server on loopback: objects with resourceVersion, generation, finalizers and owners, over real HTTP.
+
+As far as the operator asks: get, list by label, create, JSON merge patch with a resourceVersion, server-side apply of
+the status, delete with garbage collection. Nothing is admitted or validated here; `tests/kube` does that with the real
+server.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from kubernetes import client
+
+from fastserve.cluster.kube_api import KubeApi
+
+Object = dict[str, Any]
+
+
+class KubeObjects:
+    """All objects by their path, and a log of who asked for what."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, Object] = {}
+        self.calls: list[tuple[str, str]] = []
+        self.down = False
+        """While set, every call gets a 503."""
+
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+
+    # -- what a test does by hand ----------------------------------------------------------------------------------
+
+    def put(self, path: str, value: Object) -> Object:
+        """Make or replace an object, as `kubectl apply` would: the generation goes up when the spec changes."""
+        with self._lock:
+            had = self.objects.get(path)
+            metadata = {**(had or {}).get("metadata", {}), **value["metadata"]}
+            metadata.setdefault("uid", f"uid-{next(self._numbers)}")
+            metadata.setdefault("namespace", "demo")
+            changed = had is None or had.get("spec") != value.get("spec")
+            metadata["generation"] = metadata.get("generation", 0) + int(changed)
+            self.objects[path] = {**(had or {}), **value, "metadata": metadata}
+            return self._stamp(path)
+
+    def delete(self, path: str) -> None:
+        """Delete an object; one with finalizers waits for them."""
+        with self._lock:
+            found = self.objects[path]
+            found["metadata"]["deletionTimestamp"] = "2027-01-01T00:00:00Z"
+            self._stamp(path)
+            self._collect()
+
+    # -- what comes over HTTP --------------------------------------------------------------------------------------
+
+    def answer(self, method: str, path: str, query: dict[str, list[str]], body: Any, content: str) -> tuple[int, Any]:
+        """Status and body of one call."""
+        with self._lock:
+            self.calls.append((method, path))
+            if self.down:
+                return 503, {"message": "it is down"}
+            if method == "GET":
+                return self._read(path, query)
+            if method == "POST":
+                return self._create(path, body)
+            if content == "application/apply-patch+yaml":
+                return self._apply_status(path.removesuffix("/status"), body)
+            return self._merge(path, body)
+
+    def _read(self, path: str, query: dict[str, list[str]]) -> tuple[int, Any]:
+        if path in self.objects:
+            return 200, copy.deepcopy(self.objects[path])
+        if path.rsplit("/", 1)[-1] not in PLURALS:
+            return 404, {"message": f"{path} not found"}
+        wanted = [part.partition("=") for part in query.get("labelSelector", [""])[0].split(",") if part]
+        items = [
+            item
+            for place, item in sorted(self.objects.items())
+            if place.rsplit("/", 1)[0] == path and _has(item["metadata"].get("labels", {}), wanted)
+        ]
+        return 200, {"items": copy.deepcopy(items), "metadata": {}}
+
+    def _create(self, path: str, body: Object) -> tuple[int, Any]:
+        metadata = body["metadata"]
+        name = metadata.setdefault("name", f"{metadata.get('generateName', '')}{next(self._numbers)}")
+        place = f"{path}/{name}"
+        if place in self.objects:
+            return 409, {"message": f"{name} already exists"}
+        metadata |= {"uid": f"uid-{next(self._numbers)}", "generation": 1}
+        self.objects[place] = copy.deepcopy(body)
+        return 201, copy.deepcopy(self._stamp(place))
+
+    def _merge(self, path: str, body: Object) -> tuple[int, Any]:
+        found = self.objects.get(path)
+        if found is None:
+            return 404, {"message": f"{path} not found"}
+        version = body["metadata"].get("resourceVersion")
+        if version is not None and version != found["metadata"]["resourceVersion"]:
+            return 409, {"message": "the object has been modified"}
+        merged: Object = _merged(found, body)
+        if merged != found:
+            self.objects[path] = merged
+            self._stamp(path)
+        answer = copy.deepcopy(self.objects[path])
+        self._collect()
+        return 200, answer
+
+    def _apply_status(self, path: str, body: Object) -> tuple[int, Any]:
+        found = self.objects.get(path)
+        if found is None:
+            return 404, {"message": f"{path} not found"}
+        if body["metadata"].get("uid") != found["metadata"]["uid"]:
+            return 409, {"message": "it is another object"}
+        found["status"] = copy.deepcopy(body["status"])
+        return 200, copy.deepcopy(self._stamp(path))
+
+    def _stamp(self, path: str) -> Object:
+        self.objects[path]["metadata"]["resourceVersion"] = str(next(self._numbers))
+        return self.objects[path]
+
+    def _collect(self) -> None:
+        """Take away what was deleted and waits for nobody, and what such objects owned."""
+        while True:
+            alive = {item["metadata"]["uid"] for item in self.objects.values()}
+            gone = [
+                path
+                for path, item in self.objects.items()
+                if (item["metadata"].get("deletionTimestamp") and not item["metadata"].get("finalizers"))
+                or any(owner["uid"] not in alive for owner in item["metadata"].get("ownerReferences", ()))
+            ]
+            if not gone:
+                return
+            for path in gone:
+                del self.objects[path]
+
+
+PLURALS = {"models", "accesskeys", "hardwareprofiles", "configmaps", "secrets", "events", "leases", "rayclusters"}
+"""Last words of the paths that are collections; no object of a test has such a name."""
+
+
+def _has(labels: dict[str, str], wanted: list[tuple[str, str, str]]) -> bool:
+    return all(key in labels and (not sign or labels[key] == value) for key, sign, value in wanted)
+
+
+def _merged(old: Any, patch: Any) -> Any:
+    """RFC 7386."""
+    if not isinstance(patch, dict):
+        return copy.deepcopy(patch)
+    result = copy.deepcopy(old) if isinstance(old, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = _merged(result.get(key), value)
+    return result
+
+
+@contextmanager
+def served(objects: KubeObjects) -> Iterator[KubeApi]:
+    """The objects behind HTTP, and the client of the operator in front of it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = -1  # an answer in two packets would wait for the client's acknowledgement
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+        def _do(self) -> None:
+            parts = urlsplit(self.path)
+            raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = json.loads(raw) if raw else None
+            content = self.headers.get("Content-Type", "")
+            status, answer = objects.answer(self.command, unquote(parts.path), parse_qs(parts.query), body, content)
+            text = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        do_GET = do_POST = do_PATCH = _do  # noqa: N815
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    configuration = client.Configuration()
+    configuration.host = f"http://127.0.0.1:{server.server_port}"
+    configuration.retries = False
+    with client.ApiClient(configuration) as api_client:
+        try:
+            yield KubeApi(api_client)
+        finally:
+            api_client.rest_client.pool_manager.clear()
+            server.shutdown()
+            server.server_close()
+            thread.join()

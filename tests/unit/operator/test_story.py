@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from api_server import Resource
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastserve.plan.moves import Done, Wait
+from fastserve.spec import status as schemas
+from fastserve.spec.crd import crds
+from fastserve_operator.conditions import Trouble
+from fastserve_operator.story import pruned, same, status_of_object
+
+NOW = "2027-01-02T03:04:05Z"
+SCHEMA = crds()["models"]["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+DIGEST = "a" * 64
+
+
+def found(**status: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "fastserve.dev/v1alpha1",
+        "kind": "Model",
+        "metadata": {"name": "m", "namespace": "demo", "generation": 3, "uid": "u"},
+        "spec": {"source": "hf://org/small", "serve": {}},
+        **({"status": status} if status else {}),
+    }
+
+
+def story(**more: Any) -> dict[str, Any]:
+    return {
+        "name": "m",
+        "stages": {
+            "source": {
+                "state": "committed",
+                "key": "k",
+                "digest": DIGEST,
+                "sizeBytes": 12,
+                "metrics": {"a": {"b": [1, math.nan]}, "inf": math.inf, "none": None},
+            },
+            "train": {"state": "running", "key": "k", "attempt": 1, "progress": None},
+        },
+        "gate": None,
+        "revisions": [
+            {"digest": DIGEST, "state": "ready", "weight": 100, "replicas": 2, "message": "", "unknown": 1},
+            {"digest": "b" * 64, "state": "starting", "weight": 0, "replicas": 0, "message": ""},
+        ],
+        "pin": None,
+        "url": "http://gateway/v1",
+        "conditions": [{"type": "Ready", "status": "True", "reason": "Ready", "message": "It serves."}],
+        "why": ["It serves."],
+        **more,
+    }
+
+
+def test_the_story_fits_the_definition_to_the_letter() -> None:
+    status = status_of_object(found(), story(), [Done(because="It serves.")], None, NOW)
+    stored = Resource(SCHEMA).admit({**found(), "status": status})
+    assert stored["status"] == status
+    assert status["revision"] == "aaaaaaaa"
+    assert status["replicas"] == 2
+    assert status["observedGeneration"] == 3
+    assert [item["type"] for item in status["conditions"]] == ["Ready", "Source", "Train", "Serve"]
+    assert status["stages"]["source"]["metrics"] == {"a": {"b": [1]}}
+
+
+def test_trouble_takes_the_place_of_ready_and_hides_nothing_else() -> None:
+    status = status_of_object(found(), story(), [], Trouble("SourceNotFound", "gone", False), NOW)
+    ready = status["conditions"][0]
+    assert (ready["status"], ready["reason"], ready["message"]) == ("False", "SourceNotFound", "gone")
+    assert status["url"] == "http://gateway/v1"
+    assert status["conditions"][-1]["status"] == "True"
+
+
+def test_a_cluster_that_does_not_answer_leaves_what_was_known() -> None:
+    known = status_of_object(found(), story(), [], None, NOW)
+    status = status_of_object(found(**known), None, [], Trouble("ClusterFailed", "no answer", True), NOW)
+    assert status["url"] == known["url"]
+    assert status["stages"] == known["stages"]
+    ready = next(item for item in status["conditions"] if item["type"] == "Ready")
+    assert (ready["status"], ready["reason"]) == ("Unknown", "ClusterFailed")
+
+
+def test_what_is_refused_at_first_has_a_condition_and_nothing_else() -> None:
+    status = status_of_object(found(), None, [], Trouble("ManifestInvalid", "spec.x: y", False), NOW)
+    assert set(status) == {"observedGeneration", "conditions"}
+
+
+def test_the_same_story_is_told_once() -> None:
+    moves = [Wait(because="It loads.", stage="serve")]
+    first = status_of_object(found(), story(), moves, None, NOW)
+    later = status_of_object(found(**first), story(), moves, None, "2027-06-01T00:00:00Z")
+    assert same(later, first)
+    turned = {**first, "conditions": first["conditions"][::-1]}
+    assert same(later, turned)
+    assert not same(status_of_object(found(**first), story(url=None), moves, None, NOW), first)
+    assert not same(first, None)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(metrics=st.dictionaries(st.text(min_size=1, max_size=4), values, max_size=4))
+def test_what_is_kept_once_is_kept_again(metrics: dict[str, Any]) -> None:
+    """Otherwise every look would write: the server would hold something else than was sent."""
+    schema = schemas.of_model()
+    once = pruned(schema, {"stages": {"train": {"state": "committed", "metrics": metrics, "odd": 1}}, "odd": 2})
+    assert pruned(schema, once) == once
+    assert "odd" not in once
