@@ -23,7 +23,7 @@ import psutil
 import uvloop
 from tests.bench.figure import Figure, above, below
 
-from fastserve.gateway.config import Config, Key, Revision, Served, write
+from fastserve.gateway.config import Config, Key, Revision, Served, Target, write
 from fastserve.gateway.keys import digest, new_key
 
 STREAMS = 32
@@ -179,7 +179,9 @@ def run() -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
             port=port,
-            models={"bench": Served("generate", 0, (Revision("0" * 64, 1, (f"http://127.0.0.1:{engine_port}",)),))},
+            models={
+                "bench": Served("generate", 0, (Revision("0" * 64, 1, (Target(f"http://127.0.0.1:{engine_port}"),)),))
+            },
             keys=(Key("bench", digest(key), ("bench",)),),
         )
         file = Path(folder) / "gateway.json"

@@ -1,0 +1,261 @@
+"""`python -m fastserve_operator`: watches, and looks every few seconds and on every change.
+
+kopf watches the API server and tells that something changed, never what: what to do is found out by looking
+(`fastserve_operator.model`). No handler of kopf touches an object, so it puts no finalizer and no annotation of its own
+anywhere, and nothing that is wrong with an object can stop a handler. Of several replicas the one that holds the Lease
+acts; the others watch and wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import secrets
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import kopf
+
+from fastserve.cluster.kube_api import ACCESS_KEYS, MODELS, PROFILES, KubeApi
+from fastserve.cluster.kube_cluster import KubeCluster
+from fastserve.cluster.kube_gateway import KubeGateway
+from fastserve.cluster.kube_home import KubeHome
+from fastserve.cluster.kube_lease import LEASE_SECONDS, Lease
+from fastserve.cluster.kube_ray import GivenRay, RayClusterHead
+from fastserve.cluster.parts import Head
+from fastserve.errors import FastServeError
+from fastserve.spec.model import GROUP, VERSION
+from fastserve_operator.conditions import Trouble, attempted
+from fastserve_operator.model import Namespace
+
+LEASE = "fastserve-operator"
+LOOK_SECONDS = 3.0
+CALM_SECONDS = 10.0
+"""Between two looks while nothing is under way or served: a change of an object is seen at once all the same."""
+
+GATHER_SECONDS = 0.2
+"""Changes that come together are looked at together."""
+
+log = logging.getLogger("fastserve.operator")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the operator was started with."""
+
+    namespace: str | None
+    """The only namespace to tend; None for all of them."""
+
+    store: str
+    ray_cluster: str
+    ray_address: str | None
+    ray_token_file: Path | None
+    serve_url: str | None
+    stage_python: str
+    gateway_url: str | None
+    gateway_admin_url: str | None
+    scratch: Path
+    lease_namespace: str
+    lease_seconds: int
+    liveness: str | None
+
+
+class Operator:
+    """Everything that one operator tends, namespace by namespace."""
+
+    def __init__(self, api: KubeApi, options: Options, acts: Callable[[], bool] = lambda: True) -> None:
+        """acts: whether this process may still act."""
+        self._acts = acts
+        self._api = api
+        self._options = options
+        self._namespaces: dict[str, Namespace] = {}
+
+    def tend(self) -> bool:
+        """One look at every namespace. What goes wrong in one is no matter of another. Returns whether the next look is
+        due soon."""
+        soon = False
+        for name in self._names():
+            told = attempted(partial(self._tend, name))
+            if isinstance(told, Trouble):
+                log.warning("namespace %s: %s: %s", name, told.reason, told.message)
+            soon |= told is not False
+        return soon
+
+    def _tend(self, name: str) -> bool:
+        return self._namespace(name).tend()
+
+    def _names(self) -> list[str]:
+        if self._options.namespace is not None:
+            return [self._options.namespace]
+        found = [*self._api.list(MODELS, None), *self._api.list(ACCESS_KEYS, None)]
+        return sorted({item["metadata"]["namespace"] for item in found} | set(self._namespaces))
+
+    def _namespace(self, name: str) -> Namespace:
+        if name not in self._namespaces:
+            options = self._options
+            # Namespaces share no artifact: what one puts in the store is never believed by another.
+            home = KubeHome(self._api, name, options.scratch / name, f"{options.store.rstrip('/')}/{name}")
+            home.create()
+            gateway = KubeGateway(self._api, name, options.gateway_url, options.gateway_admin_url)
+            cluster = KubeCluster(self._api, home, self._head(name), gateway, say=log.info)
+            self._namespaces[name] = Namespace(self._api, name, cluster, self._acts)
+        return self._namespaces[name]
+
+    def _head(self, namespace: str) -> Head:
+        options = self._options
+        if options.ray_address is None:
+            return RayClusterHead(self._api, namespace, options.ray_cluster, options.stage_python)
+        return GivenRay(options.ray_address, options.ray_token_file, options.serve_url, options.stage_python)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run until SIGTERM."""
+    options = parse(words)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "kopf", "aiohttp"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        api = KubeApi.connect()
+    except FastServeError as error:
+        log.error("%s: %s", error.reason, error)
+        return error.exit_code
+    identity = f"{socket.gethostname()}_{os.getpid()}_{secrets.token_hex(4)}"
+    lease = Lease(api, options.lease_namespace, LEASE, identity, options.lease_seconds)
+    stop, wake = threading.Event(), threading.Event()
+    threads = [
+        threading.Thread(target=_keep_lease, args=(lease, stop, wake), name="lease", daemon=True),
+        threading.Thread(
+            target=_look, args=(Operator(api, options, lambda: lease.held), lease, stop, wake), name="look", daemon=True
+        ),
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        kopf.run(
+            registry=_registry(wake),
+            settings=_settings(),
+            standalone=True,
+            clusterwide=options.namespace is None,
+            namespaces=[] if options.namespace is None else [options.namespace],
+            liveness_endpoint=options.liveness,
+        )
+    finally:
+        stop.set()
+        wake.set()
+        for thread in threads:
+            thread.join(30)
+        attempted(lease.release)
+    return 0
+
+
+def _keep_lease(lease: Lease, stop: threading.Event, wake: threading.Event) -> None:
+    """Renew the lease, or wait for it."""
+    while not stop.is_set():
+        before = lease.held
+        told = attempted(lease.renew)
+        if isinstance(told, Trouble):
+            log.warning("the lease could not be renewed: %s", told.message)
+        if lease.held != before:
+            log.info("this replica %s", "acts" if lease.held else "waits: another one holds the lease")
+            wake.set()
+        stop.wait(lease.renew_seconds)
+
+
+def _look(operator: Operator, lease: Lease, stop: threading.Event, wake: threading.Event) -> None:
+    """Look every few seconds, and soon after a change."""
+    while not stop.is_set():
+        wake.clear()
+        told: bool | Trouble = False
+        if lease.held:
+            told = attempted(operator.tend)
+            if isinstance(told, Trouble):
+                log.warning("%s: %s", told.reason, told.message)
+        if wake.wait(LOOK_SECONDS if told else CALM_SECONDS):
+            time.sleep(GATHER_SECONDS)
+
+
+def _registry(wake: threading.Event) -> kopf.OperatorRegistry:
+    """Handlers that only say: look."""
+    registry = kopf.OperatorRegistry()
+
+    def changed(**_: Any) -> None:
+        wake.set()
+
+    for resource in (MODELS, ACCESS_KEYS, PROFILES):
+        kopf.on.event(GROUP, VERSION, resource.plural, registry=registry)(changed)
+
+    @kopf.on.login(registry=registry)
+    def login(**words: Any) -> kopf.ConnectionInfo | None:
+        return kopf.login_with_service_account(**words) or kopf.login_with_kubeconfig(**words)
+
+    return registry
+
+
+def _settings() -> kopf.OperatorSettings:
+    settings = kopf.OperatorSettings()
+    settings.scanning.disabled = True  # our definitions are there before the operator is; it needs no right to watch
+    settings.posting.enabled = False  # Events are written by whoever decides
+    settings.networking.connect_timeout = 10
+    settings.networking.request_timeout = 60
+    settings.watching.connect_timeout = 10
+    settings.watching.server_timeout = 300  # a watch that is half open would be silent for ever
+    return settings
+
+
+def parse(words: Sequence[str] | None) -> Options:
+    """The command line. Exits with 2, as argparse does, when it does not fit together."""
+    parser = argparse.ArgumentParser(prog="python -m fastserve_operator", description="Tends Models on Kubernetes.")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--namespace", help="tend this namespace alone")
+    where.add_argument("--all-namespaces", action="store_true", help="tend every namespace")
+    parser.add_argument(
+        "--store", required=True, help="folder or s3:// URI; each namespace has a folder of its own in it"
+    )
+    parser.add_argument("--ray-cluster", default="fastserve", help="name of each namespace's RayCluster")
+    parser.add_argument("--ray-address", help="http://HOST:8265 of a Ray head, in place of a RayCluster")
+    parser.add_argument("--ray-token-file", type=Path, help="file with the token of --ray-address")
+    parser.add_argument(
+        "--serve-url", help="where Serve's proxy of --ray-address answers; by default port 8000 of its host"
+    )
+    parser.add_argument("--stage-python", default="python", help="the interpreter that runs stages on Ray's machines")
+    parser.add_argument("--gateway-url", help="where clients reach the gateway, ending in /v1")
+    parser.add_argument("--gateway-admin-url", help="where the operator reaches the gateway's admin port")
+    parser.add_argument("--scratch", type=Path, help="folder for what can be found out again")
+    parser.add_argument("--lease-namespace", help="namespace of the Lease; by default the one that is tended")
+    parser.add_argument(
+        "--lease-seconds", type=int, default=LEASE_SECONDS, help="how long a replica that died is waited for"
+    )
+    parser.add_argument("--liveness", help="address of the liveness probe, such as http://0.0.0.0:8080/healthz")
+    found = parser.parse_args(words)
+    if found.all_namespaces and found.ray_address:
+        parser.error("--ray-address serves one namespace; give --namespace, or use a RayCluster in each namespace")
+    if found.all_namespaces and not found.lease_namespace:
+        parser.error("--all-namespaces needs --lease-namespace: the operator's own")
+    return Options(
+        namespace=found.namespace,
+        store=found.store,
+        ray_cluster=found.ray_cluster,
+        ray_address=found.ray_address,
+        ray_token_file=found.ray_token_file,
+        serve_url=found.serve_url,
+        stage_python=found.stage_python,
+        gateway_url=found.gateway_url,
+        gateway_admin_url=found.gateway_admin_url,
+        scratch=found.scratch or Path(tempfile.mkdtemp(prefix="fastserve-operator-")),
+        lease_namespace=found.lease_namespace or found.namespace,
+        lease_seconds=found.lease_seconds,
+        liveness=found.liveness,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""AccessKeys: the key itself stands in one Secret, its SHA-256 everywhere else.
+
+The Secret `<name>-key` is made once and belongs to its AccessKey, so it goes with it. Whoever removes the Secret gets a
+new key. A limit that nothing keeps yet is refused by name, and a refused key opens nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from fastserve.cluster.kube_api import ACCESS_KEYS, MANAGED_BY, MANAGER, SECRETS, KubeApi, is_ours, owner_reference
+from fastserve.errors import NameConflict, StateChanged
+from fastserve.gateway.keys import digest, new_key
+from fastserve.plan.executable import check_access_key
+from fastserve.spec import status as schemas
+from fastserve.spec.load import read
+from fastserve.spec.model import AccessKey
+from fastserve_operator import conditions
+from fastserve_operator.conditions import Trouble, attempted
+from fastserve_operator.story import pruned, same
+
+KEY = "key"
+
+
+def tend_key(api: KubeApi, found: Mapping[str, Any], now: str) -> dict[str, Any] | None:
+    """See that an AccessKey has its Secret, and tell how it stands. Returns name, sha256, models and expires as the
+    gateway needs them; None when the key opens nothing.
+
+    now: RFC 3339.
+    """
+    entry = attempted(lambda: _entry(api, found))
+    if isinstance(entry, Trouble):
+        ready, facts = conditions.of_trouble(entry, found, now), {}
+    else:
+        expired = entry["expires"] is not None and entry["expires"] < datetime.now(UTC).date().isoformat()
+        message = f"The key is in the Secret {_secret_name(found)}, under {KEY}."
+        ready = (
+            conditions.condition("Ready", "False", "Expired", f"Its last day was {entry['expires']}.", found, now)
+            if expired
+            else conditions.condition("Ready", "True", "Ready", message, found, now)
+        )
+        facts = {"secret": _secret_name(found), "sha256": entry["sha256"]}
+    wanted = {"observedGeneration": found["metadata"]["generation"], "conditions": [ready], **facts}
+    status = pruned(schemas.of_access_key(), wanted)
+    if not same(status, found.get("status")):
+        attempted(lambda: api.apply_status(ACCESS_KEYS, found, status))
+    return None if isinstance(entry, Trouble) else entry
+
+
+def _entry(api: KubeApi, found: Mapping[str, Any]) -> dict[str, Any]:
+    (manifest,) = read(json.dumps(found))
+    if not isinstance(manifest, AccessKey):
+        raise TypeError(f"{manifest.kind} is no AccessKey")
+    check_access_key(manifest)
+    spec = manifest.spec
+    return {
+        "name": manifest.metadata.name,
+        "sha256": digest(_key(api, found)),
+        "models": sorted(set(spec.models)),
+        "expires": spec.expires.isoformat() if spec.expires else None,
+    }
+
+
+def _key(api: KubeApi, found: Mapping[str, Any]) -> str:
+    """The key; made when there is none. Raises NameConflict when the Secret's name is taken."""
+    metadata = found["metadata"]
+    name, namespace = _secret_name(found), metadata["namespace"]
+    secret = api.get(SECRETS, namespace, name)
+    if secret is None:
+        value = {
+            "metadata": {
+                "name": name,
+                "namespace": namespace,
+                "labels": {MANAGED_BY: MANAGER},
+                "ownerReferences": [owner_reference(ACCESS_KEYS, found)],
+            },
+            "type": "Opaque",
+            "data": {KEY: base64.b64encode(new_key().encode()).decode()},
+        }
+        secret = api.create(SECRETS, value)
+    if not is_ours(secret, metadata["uid"]):
+        raise NameConflict(
+            f"the Secret {name} is there and was not made for this AccessKey; it is left alone: "
+            "remove it, or give the AccessKey another name"
+        )
+    text = (secret.get("data") or {}).get(KEY)
+    if text is None:
+        raise StateChanged(f"the Secret {name} holds no {KEY}; remove it, and a new key is made")
+    return base64.b64decode(text).decode()
+
+
+def _secret_name(found: Mapping[str, Any]) -> str:
+    return f"{found['metadata']['name']}-key"

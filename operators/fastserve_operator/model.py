@@ -1,0 +1,198 @@
+"""One look at one namespace: every Model a step closer to its spec; what changed, and when, does not matter.
+
+    asked for -> surveyed -> accepted -> observed -> moves -> told
+
+A Model object is a wish. What `fastserve up` refuses before anything starts is refused here too, as a condition; what
+was accepted before stays in force until the wish can be met, so a mistake in an edit takes no endpoint away.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from fastserve.cluster.kube_api import ACCESS_KEYS, MODELS, PROFILES, KubeApi, Object
+from fastserve.cluster.kube_cluster import KubeCluster
+from fastserve.cluster.kube_events import tell
+from fastserve.cluster.local import Beat
+from fastserve.cluster.ray_jobs import Job
+from fastserve.cluster.status import status_of
+from fastserve.cluster.survey import Survey, tries_so_far
+from fastserve.plan.facts import LOCAL
+from fastserve.plan.moves import Done, Refuse, Wait
+from fastserve.plan.steps import ROLLED_BACK
+from fastserve.spec.load import read
+from fastserve.spec.model import HardwareProfile
+from fastserve_operator.acceptance import Surveys
+from fastserve_operator.access import tend_key
+from fastserve_operator.conditions import Trouble, attempted
+from fastserve_operator.story import same, status_of_object
+
+log = logging.getLogger("fastserve.operator")
+
+SETTLED_SECONDS = 60.0
+"""A Model that is done and serves nothing is looked at anew after so long, though nothing of it changed: an artifact
+may have been deleted."""
+
+Shared = Mapping[str, Job] | Trouble
+"""The head's jobs, or why they are not known."""
+
+
+class Namespace:
+    """Tends the Models and AccessKeys of one namespace."""
+
+    def __init__(
+        self, api: KubeApi, namespace: str, cluster: KubeCluster, acts: Callable[[], bool] = lambda: True
+    ) -> None:
+        """acts: whether this process may still act; a lease may be lost in the middle of a look."""
+        self._acts = acts
+        self._api = api
+        self._namespace = namespace
+        self._cluster = cluster
+        self._home = cluster.kube_home
+        self._surveys = Surveys(cluster.kube_home)
+        self._busy = False
+        self._settled: dict[str, tuple[Any, float]] = {}
+        """Versions of Models with nothing to do, and when that was seen; losing them costs one look each."""
+
+    def tend(self) -> bool:
+        """One look at everything, and what follows from it. Returns whether anything is under way or served, so that
+        the next look is due soon. Raises ClusterFailed when the API server does not answer."""
+        self._busy = False
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        models = self._home.look()
+        self._tend_keys(now)
+        profiles = self._profiles()
+        self._home.described = {profile.metadata.name: profile.spec for profile in profiles}
+        shared = attempted(self._cluster.keep)
+        beats = [self._tend(found, profiles, shared, now) for found in models if self._acts()]
+        if self._acts():
+            attempted(lambda: self._cluster.share_with_training([beat for beat in beats if beat is not None]))
+        return self._busy
+
+    def _tend(self, found: Object, profiles: Sequence[HardwareProfile], shared: Shared, now: str) -> Beat | None:
+        """Bring one Model a step closer to its spec. It never raises: one broken Model never touches another."""
+        name = found["metadata"]["name"]
+        if _is_deleted(found):
+            self._busy = True
+            self._surveys.forget(name)
+            trouble = attempted(lambda: self._end(found, shared))
+            if trouble is not None:
+                self._tell(found, None, trouble, now)
+            return None
+        if self._is_settled(found):
+            return None
+        refusal = attempted(lambda: self._accept(found, profiles))
+        beat = attempted(lambda: self._look(name, shared))
+        self._busy |= beat is not None or refusal is None or refusal.passing
+        if isinstance(beat, Beat):
+            failed = attempted(lambda: self._carry_out(beat))
+            self._tell(found, beat, refusal or failed, now)
+            if refusal is None and beat.model.spec.serve is None and all(isinstance(move, Done) for move in beat.moves):
+                self._settled[name] = (self._versions(found), time.monotonic())
+            return beat
+        self._tell(found, None, refusal or beat, now)
+        return None
+
+    def _is_settled(self, found: Object) -> bool:
+        known, at = self._settled.get(found["metadata"]["name"], (None, 0.0))
+        return known == self._versions(found) and time.monotonic() < at + SETTLED_SECONDS
+
+    def _versions(self, found: Object) -> Any:
+        """All that a Model without traffic depends on but the store. Its status is the operator's own writing."""
+        metadata = found["metadata"]
+        marks = (metadata["uid"], metadata["generation"], metadata.get("annotations"), metadata.get("finalizers"))
+        return (*marks, found.get("status"), self._home.version(metadata["name"]))
+
+    def _accept(self, found: Object, profiles: Sequence[HardwareProfile]) -> Trouble | None:
+        """Make what is asked for what is wanted. Returns why it is not yet."""
+        name = found["metadata"]["name"]
+        if self._home.is_accepted(found):
+            return None
+        there = attempted(self._cluster.there)
+        known = {LOCAL, *self._home.described} if isinstance(there, Trouble) else there
+        answer = self._surveys.answer(found, profiles, known)
+        if isinstance(answer, Survey):
+            self._cluster.hold(found)  # before anything of it runs
+            pin = self._home.pin(name)
+            if pin is not None and pin.reason == ROLLED_BACK and self._home.is_retried(found):
+                self._home.set_pin(name, None)  # asking again is trying again
+            self._home.want(answer.model, answer.digests, tries_so_far(self._cluster.store, answer))
+            self._surveys.forget(name)
+            return None
+        return answer or Trouble("Surveying", "Its sources and data are being read.", True)
+
+    def _look(self, name: str, shared: Shared) -> Beat | Trouble | None:
+        if self._home.model(name) is None:
+            return None
+        return shared if isinstance(shared, Trouble) else self._cluster.look(name, shared)
+
+    def _carry_out(self, beat: Beat) -> None:
+        for move in beat.moves:
+            self._cluster.apply(beat.model, beat.observed, move)
+
+    def _end(self, found: Object, shared: Shared) -> Trouble | None:
+        """Let a deleted Model go when nothing of it runs. Returns what is waited for."""
+        name = found["metadata"]["name"]
+        self._cluster.let_go(name)
+        # Another model's trouble with the cluster need not hold this one.
+        jobs = self._cluster.jobs() if isinstance(shared, Trouble) else shared
+        waits = self._cluster.end(found, jobs)
+        return None if waits is None else Trouble("Deleting", f"It was deleted; there is still {waits}.", True)
+
+    def _tell(self, found: Object, beat: Beat | None, trouble: Trouble | None, now: str) -> None:
+        """Write the status when it says something new, and an Event when it was decided now."""
+        if trouble is not None and trouble.reason == "StateChanged":
+            log.info("%s: %s", found["metadata"]["name"], trouble.message)
+            return
+        told = attempted(lambda: self._write(found, beat, trouble, now))
+        if isinstance(told, Trouble):
+            log.warning("the status of %s was not written: %s", found["metadata"]["name"], told.message)
+
+    def _write(self, found: Object, beat: Beat | None, trouble: Trouble | None, now: str) -> None:
+        moves = () if beat is None else beat.moves
+        store, url = self._cluster.store, self._cluster.gateway.url
+        story = None if beat is None else status_of(beat.model, beat.observed, beat.moves, store, url)
+        status = status_of_object(found, story, moves, trouble, now)
+        before = found.get("status")
+        if same(status, before):
+            return
+        self._api.apply_status(MODELS, found, status)
+        ready, had = _ready(status), _ready(before or {})
+        if (ready["reason"], ready["message"]) == (had.get("reason"), had.get("message")):
+            return
+        log.info("%s/%s: %s: %s", self._namespace, found["metadata"]["name"], ready["reason"], ready["message"])
+        if trouble is not None or any(not isinstance(move, Wait) for move in moves):
+            bad = trouble is not None and trouble.reason not in ("Surveying", "Deleting")
+            warning = bad or any(isinstance(move, Refuse) for move in moves)
+            tell(self._api, MODELS, found, ready["reason"], ready["message"], now, warning)
+
+    def _tend_keys(self, now: str) -> None:
+        keys = [key for key in self._api.list(ACCESS_KEYS, self._namespace) if not _is_deleted(key)]
+        entries = [tend_key(self._api, key, now) for key in keys]
+        self._cluster.key_entries = [entry for entry in entries if entry is not None]
+
+    def _profiles(self) -> list[HardwareProfile]:
+        """The cluster's HardwareProfiles; one that cannot be read is as if it were not there."""
+        listed = attempted(lambda: self._api.list(PROFILES, None))
+        if isinstance(listed, Trouble):
+            log.warning("the HardwareProfiles are not known: %s", listed.message)
+            return []
+        found = [attempted(partial(read, json.dumps(item))) for item in listed]
+        manifests = [item for some in found if not isinstance(some, Trouble) for item in some]
+        return [item for item in manifests if isinstance(item, HardwareProfile)]
+
+
+def _is_deleted(found: Object) -> bool:
+    return bool(found["metadata"].get("deletionTimestamp"))
+
+
+def _ready(status: Mapping[str, object]) -> Mapping[str, str]:
+    conditions = status.get("conditions")
+    listed = conditions if isinstance(conditions, list) else []
+    return next((item for item in listed if item["type"] == "Ready"), {})

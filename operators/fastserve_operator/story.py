@@ -1,0 +1,95 @@
+"""The status of a Model: the laptop's story of it, in the keys that the definition has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastserve.cluster.status import current_stage
+from fastserve.plan.moves import Move
+from fastserve.spec import status as schemas
+from fastserve_operator import conditions
+from fastserve_operator.conditions import Condition, Trouble
+
+
+def status_of_object(
+    found: Mapping[str, Any],
+    story: Mapping[str, Any] | None,
+    moves: Sequence[Move],
+    trouble: Trouble | None,
+    now: str,
+) -> dict[str, Any]:
+    """The whole status of a Model object.
+
+    found: the object as it is. story: as `cluster.status.status_of` tells it; None when nothing was accepted, or
+    nothing could be seen. trouble: what is wrong with the object or with its cluster. now: RFC 3339.
+    """
+    if story is None:
+        kept = {} if trouble is None or not trouble.passing else dict(found.get("status") or {})
+        ready = conditions.of_trouble(trouble or Trouble("Waiting", "It was not looked at yet.", True), found, now)
+        others = [item for item in kept.get("conditions") or () if item["type"] != "Ready"]
+        kept |= {"observedGeneration": found["metadata"]["generation"], "conditions": [ready, *others]}
+        return pruned(schemas.of_model(), kept)
+    revisions = story["revisions"]
+    serves = [item for item in revisions if item["weight"] > 0]
+    value = {
+        **story,
+        "observedGeneration": found["metadata"]["generation"],
+        "conditions": _conditions(found, story, trouble, now),
+        "stage": current_stage(moves),
+        "revision": max(serves, key=lambda item: item["weight"])["digest"][:8] if serves else None,
+        "replicas": sum(item["replicas"] for item in revisions) if found["spec"].get("serve") is not None else None,
+    }
+    return pruned(schemas.of_model(), value)
+
+
+def _conditions(
+    found: Mapping[str, Any], story: Mapping[str, Any], trouble: Trouble | None, now: str
+) -> list[Condition]:
+    told = story["conditions"][0]
+    ready = (
+        conditions.condition("Ready", told["status"], told["reason"], told["message"], found, now)
+        if trouble is None
+        else conditions.of_trouble(trouble, found, now)
+    )
+    stages = conditions.of_stages(story["stages"], found, now)
+    serving = [conditions.of_serving(story["revisions"], found, now)] if found["spec"].get("serve") is not None else []
+    return [ready, *stages, *serving]
+
+
+def pruned(schema: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a value that a structural schema has room for: an API server would drop the rest, and no two looks
+    would ever agree. Nulls and figures that are no numbers are left out."""
+    known, every = schema.get("properties", {}), schema.get("additionalProperties")
+    other = _OPEN if schema.get("x-kubernetes-preserve-unknown-fields") else every
+    below = {key: known.get(key, other) for key in value}
+    kept = {str(key): _pruned(below[key], item) for key, item in value.items() if below[key] is not None}
+    return {key: item for key, item in kept.items() if item is not None}
+
+
+def _pruned(schema: Mapping[str, Any], value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return pruned(schema, value)
+    if isinstance(value, list | tuple):
+        kept = [_pruned(schema.get("items", _OPEN), item) for item in value]
+        return [item for item in kept if item is not None]
+    return int(value) if schema.get("type") == "integer" and value is not None else value
+
+
+_OPEN: Mapping[str, Any] = {"x-kubernetes-preserve-unknown-fields": True}
+
+
+def same(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+    """Whether two statuses say the same; the order of their lists by key does not matter."""
+    return other is not None and _ordered(one) == _ordered(other)
+
+
+def _ordered(status: Mapping[str, Any]) -> dict[str, Any]:
+    by = {"conditions": "type", "revisions": "digest"}
+    return {
+        key: sorted(item, key=lambda entry: entry[by[key]]) if key in by else item
+        for key, item in status.items()
+    }  # fmt: skip

@@ -1,0 +1,112 @@
+"""What the operator costs while nothing happens: many Models on a real API server, every one of them done.
+
+Their one artifact lies in the store before the operator starts, so no Ray is needed and nothing but the operator's own
+work is measured. FASTSERVE_BENCH_MODELS sets how many there are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tests.bench.figure import Figure, below
+
+from fastserve.artifacts import attempts, sources
+from fastserve.artifacts.stores import open_store
+from fastserve.plan.keys import outside, request_for
+from fastserve.plan.stages import Stage
+from fastserve.spec.load import read
+from fastserve.spec.model import API_VERSION, Model
+
+ROOT = Path(__file__).parents[2]
+MODELS = int(os.environ.get("FASTSERVE_BENCH_MODELS", "1000"))
+STEADY_SECONDS = 30.0
+PROBES = 5
+PATH = "/apis/fastserve.dev/v1alpha1/namespaces/default/models"
+
+
+def run() -> Iterator[Figure]:
+    """Processor time, memory, and how long a change takes to be seen."""
+    sys.path[:0] = [str(ROOT / "tests/kube"), str(ROOT / "tests/doubles")]
+    from control_plane import control_plane
+    from kubernetes_binaries import WHAT_TO_DO, present
+
+    binaries = present()
+    if binaries is None:
+        raise SystemExit(f"needs {WHAT_TO_DO}")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastserve-bench-")))
+        cluster = stack.enter_context(control_plane(binaries))
+        cluster.kubectl("apply", "-f", str(ROOT / "helm/fastserve/crds"))
+        cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd/models.fastserve.dev")
+        source = _made(folder)
+        for number in range(MODELS):
+            cluster.api.post(PATH, json=_wish(f"m{number:05d}", source)).raise_for_status()
+        operator = stack.enter_context(_operator(folder, cluster.kubeconfig))
+        stack.callback(operator.terminate)
+        began = time.monotonic()
+        while _ready(cluster) < MODELS:
+            time.sleep(2)
+        yield Figure(f"{MODELS} models known anew", time.monotonic() - began, "s")
+        time.sleep(10)
+        process = psutil.Process(operator.pid)
+        before, at = process.cpu_times(), time.monotonic()
+        time.sleep(STEADY_SECONDS)
+        after, seconds = process.cpu_times(), time.monotonic() - at
+        share = 100 * (after.user + after.system - before.user - before.system) / seconds
+        yield below(f"operator, {MODELS} models steady", share, "% of a core", 5)
+        yield below(f"operator, {MODELS} models", process.memory_info().rss / 1e6, "MB", 250)
+        yield below("a change is seen after (median)", statistics.median(_seen(cluster) for _ in range(PROBES)), "s", 5)
+
+
+def _made(folder: Path) -> str:
+    """A source, and its artifact in the namespace's store; returns its URI."""
+    from model_files import model_folder
+
+    place = folder / "model"
+    place.mkdir()
+    for name, content in model_folder().items():
+        (place / name).write_bytes(content)
+    (model,) = read(json.dumps(_wish("any", f"file://{place}")))
+    assert isinstance(model, Model)
+    digests = {item.ident: sources.resolve(item.source, role=item.role).digest for item in outside(model)}
+    store, request = open_store(str(folder / "store/default")), request_for(model, Stage.SOURCE, digests, 1)
+    attempts.claim(store, request)
+    attempts.commit(store, request, place, {}, {})
+    return f"file://{place}"
+
+
+def _wish(name: str, source: str) -> dict[str, Any]:
+    return {"apiVersion": API_VERSION, "kind": "Model", "metadata": {"name": name}, "spec": {"source": source}}
+
+
+def _operator(folder: Path, kubeconfig: Path) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "fastserve_operator", "--namespace", "default"]
+    words += ["--store", str(folder / "store"), "--scratch", str(folder / "scratch")]
+    with open(folder / "operator.log", "wb") as log:
+        return subprocess.Popen(words, env={**os.environ, "KUBECONFIG": str(kubeconfig)}, stdout=log, stderr=log)
+
+
+def _ready(cluster: Any) -> int:
+    conditions = [item.get("status", {}).get("conditions", []) for item in cluster.get(PATH)["items"]]
+    return sum(any(one["type"] == "Ready" and one["status"] == "True" for one in told) for told in conditions)
+
+
+def _seen(cluster: Any) -> float:
+    """Seconds from a new Model to its first status."""
+    name = f"new-{time.monotonic_ns()}"
+    began = time.monotonic()
+    cluster.api.post(PATH, json=_wish(name, "file:///there/is/nothing/here")).raise_for_status()
+    while not cluster.get(f"{PATH}/{name}").get("status"):
+        time.sleep(0.02)
+    return time.monotonic() - began
