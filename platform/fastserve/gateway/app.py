@@ -141,7 +141,8 @@ class Gateway:
             if refusal.status in (408, 413):
                 response.force_close()
             return response
-        begun.force_close()
+        # The answer is whole with it, so the connection stays good: a client would send its next request into one that
+        # is closed without having been announced.
         with contextlib.suppress(ConnectionError):
             await begun.write(refusal.event())
             await begun.write_eof()

@@ -127,6 +127,23 @@ def test_a_replica_lost_in_mid_stream_ends_it_with_an_error_and_without_done(pla
     play(scenario)
 
 
+def test_the_connection_of_a_lost_stream_is_good_for_the_next_request(play, kit):
+    async def scenario(stand):
+        await stand.one_engine(dies_after(kit, kit.event("The")))
+        body = json.dumps(kit.chat(stream=True)).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {kit.KEY}\r\n"
+        request = f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        reader, writer = await asyncio.open_connection("127.0.0.1", stand.port)
+        for _ in range(3):
+            writer.write(request)
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n0\r\n\r\n"), 10)
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert b"upstream_lost" in answer
+        writer.close()
+
+    play(scenario)
+
+
 def test_a_stream_that_ends_cleanly_without_done_is_lost_too(play, kit):
     async def engine(request, body):
         return await kit.streams(request, [kit.event("The")])
