@@ -38,8 +38,8 @@ from fastserve.spec.serve import Serve
 
 CORES = {"fast": 0.9, "slow": 0.3}
 SLOTS = 8
-CLIENTS = 12
-"""Fewer than both have slots: then it matters who gets the next request."""
+CLIENTS = 2 * SLOTS
+"""As many as both solos have together: a batch that is not full makes an engine of this size slower."""
 
 TOKENS = 48
 ROUND_SECONDS = 12.0
