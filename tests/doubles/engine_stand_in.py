@@ -71,7 +71,13 @@ def serve(line: socket.socket) -> None:
     run(line, StandIn, contextlib.nullcontext)
 
 
+def prepare() -> None:
+    """Imports of an engine change variables too."""
+    if "CHANGED_BY_IMPORTS" in os.environ:
+        os.environ["CHANGED_BY_IMPORTS"] = "yes"
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 2:
         serve(socket.socket(fileno=int(sys.argv[1])))
-    warm.main(Path(sys.argv[1]), int(sys.argv[2]), lambda: None, serve)
+    warm.main(Path(sys.argv[1]), int(sys.argv[2]), prepare, serve)

@@ -119,7 +119,9 @@ def _await_greeting(line: socket.socket) -> None:
 def _environment(env: Mapping[str, str]) -> dict[str, str]:
     shared = {name: value for name, value in env.items() if name not in OWN_TO_EACH}
     loaded = ":".join(filter(None, (os.environ.get("LD_PRELOAD"), preload())))
-    return {**os.environ, **shared, **({"LD_PRELOAD": loaded} if loaded else {}), "PYTHONUNBUFFERED": "1"}
+    # First one that no import changes: the place in memory of the first is where titles of processes are written.
+    unchanged = {"FASTSERVE_WARM": "1"}
+    return {**unchanged, **os.environ, **shared, **({"LD_PRELOAD": loaded} if loaded else {}), "PYTHONUNBUFFERED": "1"}
 
 
 def _start(path: Path, env: Mapping[str, str]) -> None:

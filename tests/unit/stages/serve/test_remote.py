@@ -121,6 +121,23 @@ def test_why_an_engine_does_not_come_up_is_said_in_its_own_words(folder: Path) -
     asyncio.run(scenario())
 
 
+def test_an_engine_is_named_whatever_variable_its_node_has_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A title is written where the first variable stood when the process began, and imports change variables."""
+    others = dict(os.environ)
+    for name in others:
+        monkeypatch.delenv(name)
+    for name, value in {"CHANGED_BY_IMPORTS": "no", **others}.items():
+        monkeypatch.setenv(name, value)
+
+    async def scenario() -> None:
+        server = await started(folder)
+        assert (await server.call("about"))["env"]["CHANGED_BY_IMPORTS"] == "no", "its own are those of its replica"
+        assert psutil.Process(server._pid).cmdline()[0].startswith("FastServe::EngineServer")
+        await server.stop()
+
+    asyncio.run(scenario())
+
+
 def test_engines_of_one_environment_come_from_one_warm_process(folder: Path) -> None:
     async def scenario() -> None:
         first = await started(folder, VLLM_LOGGING_PREFIX="one ")
