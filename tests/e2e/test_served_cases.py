@@ -10,6 +10,7 @@ from s3_servers import moto_server
 from tiny import tiny_manifest
 
 from fastserve.cluster.access import local_key
+from fastserve.cluster.processes import environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -26,7 +27,9 @@ def post(laptop: Laptop, name: str, **more: object) -> httpx.Response:
     gateway = laptop.home.read_json("gateway/process.json")
     body = {"model": name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 40, **more}
     headers = {"Authorization": f"Bearer {local_key(laptop.home)}"}
-    return httpx.post(f"http://127.0.0.1:{gateway['port']}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    return httpx.post(
+        f"http://127.0.0.1:{gateway['port']}/v1/chat/completions", json=body, headers=headers, timeout=300
+    )
 
 
 def test_a_header_with_the_wrong_end_token_does_not_keep_the_answer_going(laptop: Laptop, tmp_path: Path) -> None:
@@ -58,19 +61,32 @@ def test_the_whole_job_with_its_artifacts_on_s3(
         first = laptop.json("status", "tiny")["stages"]
         assert {stage["state"] for stage in first.values()} == {"committed"}
         laptop.down()
-        laptop.run("up", str(manifest), "--detach")  # the store is remembered, and nothing runs again
-        again = laptop.json("status", "tiny")["stages"]
-        assert {name: stage["digest"] for name, stage in again.items()} == {
-            name: stage["digest"] for name, stage in first.items()
+        # The store is remembered, and nothing would run again.
+        sheet = laptop.json("plan", str(manifest))
+        assert {line["stage"]: line["state"] for line in sheet["stages"]} == {
+            **dict.fromkeys(first, "committed"),
+            "serve": "will run",
         }
-        laptop.down()
 
 
-def test_a_model_named_vllm_beside_foreign_variables(laptop: Laptop, tmp_path: Path) -> None:
-    manifest = write(tmp_path, "vllm", f"{{source: {CASES / '11-wrong-eos.gguf'}, serve: {{context: 256}}}}")
-    foreign = {f"{name}_PORT": "tcp://10.96.0.10:8000" for name in ("VLLM", "RAY", "REDIS")}
-    laptop.run("up", manifest, "--detach", **foreign)
-    assert post(laptop, "vllm").status_code == 200
+def test_models_named_vllm_and_ray_beside_services_of_these_names(laptop: Laptop, tmp_path: Path) -> None:
+    """Public case 16: what Kubernetes would put into the environment, and settings of another vLLM."""
+    one, other = (
+        Path(write(tmp_path, name, f"{{source: {CASES / '11-wrong-eos.gguf'}, serve: {{context: 256}}}}"))
+        for name in ("vllm", "ray")
+    )
+    one.write_text(one.read_text() + "---\n" + other.read_text())
+    links = {f"{name}_PORT": "tcp://10.96.0.10:8000" for name in ("VLLM", "RAY", "REDIS")}
+    hosts = {f"{name}_SERVICE_HOST": "10.96.0.10" for name in ("VLLM", "RAY", "REDIS")}
+    passed = {"VLLM_LOGGING_LEVEL": "WARNING", "FASTSERVE_ENGINE_VARIABLES": "VLLM_LOGGING_LEVEL"}
+    laptop.run("up", str(one), "--detach", **links, **hosts, **passed, VLLM_HOST_IP="10.0.0.1")
+    assert laptop.chat("vllm", "hi") == "ok"
+    assert laptop.chat("ray", "hi") == "ok"
+    assert "Unknown vLLM environment variable" not in laptop.run("logs", "vllm", "serve").stdout
+    levels = set()
     for process in laptop.processes():
-        variables = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-        assert not [variable for variable in variables if b"=tcp://" in variable]
+        found = environment(process.pid) or {}  # empty: it ended meanwhile
+        assert not [name for name, value in found.items() if value.startswith("tcp://")]
+        assert not {*hosts, "VLLM_HOST_IP"} & set(found)
+        levels.add(found.get("VLLM_LOGGING_LEVEL"))
+    assert "WARNING" in levels, "what is named is passed on"

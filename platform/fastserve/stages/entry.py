@@ -31,6 +31,7 @@ from fastserve.artifacts.checkpoints import prune_checkpoints
 from fastserve.artifacts.store import Store
 from fastserve.artifacts.stores import open_store
 from fastserve.errors import AttemptFenced, FastServeError, StageFailed, StoreFailed, StoreFull
+from fastserve.plan.environment import foreign
 from fastserve.plan.stages import Stage, StageRequest
 from fastserve.stages.work import Outcome, Work
 from fastserve.telemetry.progress import Reporter
@@ -110,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--attempt", required=True, type=int)
     args = parser.parse_args(argv)
     _log_to_stderr()
+    for name in foreign(os.environ):  # the evaluate stage loads vLLM in this process
+        del os.environ[name]
     # Ray gives a driver one thread; the stage is the only one that computes. Read by OpenMP when torch is imported.
     os.environ.setdefault("FASTSERVE_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ["OMP_NUM_THREADS"] = os.environ["FASTSERVE_THREADS"]
@@ -134,6 +137,8 @@ def run_attempt(store: Store, request: StageRequest, stage: Callable[[Work], Out
         return 0
     log.info("%s: begins", name)
     try:
+        # Submitted late, by one who thought that he still decides: a newer attempt has its place.
+        attempts.check_fence(store, request.stage, request.key, request.attempt)
         _run(store, request, stage)
     except AttemptFenced as error:
         log.warning("%s: gives way: %s", name, error)

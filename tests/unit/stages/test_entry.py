@@ -18,7 +18,7 @@ import pytest
 from fastserve.artifacts import attempts
 from fastserve.artifacts.store import Store
 from fastserve.artifacts.stores import open_store
-from fastserve.errors import DatasetInvalid, EngineFailed, InsufficientMemory, StoreFailed, StoreFull
+from fastserve.errors import AttemptFenced, DatasetInvalid, EngineFailed, InsufficientMemory, StoreFailed, StoreFull
 from fastserve.plan.stages import Stage, StageRequest
 from fastserve.stages.entry import Heartbeat, Interrupted, is_final, run_attempt
 from fastserve.stages.work import Outcome, Work
@@ -151,10 +151,19 @@ def test_scratch_of_a_killed_attempt_at_the_same_key_goes_first(store: Store, sc
 
 
 def test_an_older_attempt_gives_way_to_a_newer_one(store: Store) -> None:
-    old = _claim(store, 1)
-    _claim(store, 2)
-    assert run_attempt(store, old, _makes()) == 5
+    def stage(work: Work) -> Outcome:
+        _claim(store, 2)  # meanwhile
+        return _makes()(work)
+
+    assert run_attempt(store, _claim(store, 1), stage) == 5
     assert attempts.find(store, Stage.SOURCE, KEY) is None
+    assert attempts.failure(store, Stage.SOURCE, KEY, 1) is None
+
+
+def test_an_attempt_that_is_submitted_late_does_not_begin(store: Store) -> None:
+    late = _claim(store)
+    _claim(store, 2)
+    assert run_attempt(store, late, _raises(RuntimeError("must not run"))) == AttemptFenced.exit_code
     assert attempts.failure(store, Stage.SOURCE, KEY, 1) is None
 
 
@@ -190,7 +199,7 @@ def test_a_heartbeat_repeats_the_last_progress_with_a_fresh_time() -> None:
     clock = iter(range(1000))
     with Heartbeat(lambda value: written.append(dict(value)), every_seconds=0.01, now=lambda: next(clock)) as heart:
         heart.take({"done": 3, "at": 0})
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while len(written) < 6 and time.monotonic() < deadline:
             time.sleep(0.01)
     assert [value["done"] for value in written[1:]] == [3] * len(written[1:])
@@ -259,10 +268,10 @@ def job(store: Store) -> Callable[[float], subprocess.Popen[str]]:
 def test_a_signal_ends_a_stage_cleanly_and_soon(
     store: Store, scratch: Path, job: Callable[[float], subprocess.Popen[str]], number: signal.Signals
 ) -> None:
-    process = job(60)
+    process = job(600)
     process.send_signal(number)
     process.send_signal(number)  # an impatient second one does not tear the clean-up
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=100)
     assert process.returncode == 143
     assert "Traceback" not in errors
     assert list(scratch.iterdir()) == []
@@ -274,9 +283,9 @@ def test_a_signal_ends_a_stage_cleanly_and_soon(
 def test_a_killed_stage_leaves_neither_record_nor_failure(
     store: Store, job: Callable[[float], subprocess.Popen[str]]
 ) -> None:
-    process = job(60)
+    process = job(600)
     process.kill()
-    process.communicate(timeout=10)
+    process.communicate(timeout=100)
     assert attempts.find(store, Stage.SOURCE, KEY) is None
     assert attempts.failure(store, Stage.SOURCE, KEY, 1) is None
 
@@ -288,7 +297,7 @@ def test_a_log_that_nobody_reads_any_more_is_no_reason_to_fail(
     assert process.stderr is not None
     assert process.stdout is not None
     process.stderr.close()
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=100) == 0
     process.stdout.close()
     assert attempts.find(store, Stage.SOURCE, KEY) is not None
 
@@ -320,3 +329,23 @@ def test_failures_are_json_that_an_observer_can_read(store: Store) -> None:
     run_attempt(store, _claim(store), _raises(RuntimeError("ü \x00 \ud800 odd")))
     name = f"artifacts/source/{KEY}/attempts/1/failure.json"
     assert json.loads(store.read(name))["reason"] == "StageFailed"
+
+
+def test_services_of_a_cluster_are_gone_before_a_stage_loads_anything(store: Store, tmp_path: Path) -> None:
+    """Public case 16: the evaluate stage loads vLLM in the driver's own process, which `VLLM_PORT` would end."""
+    _claim(store)
+    told = tmp_path / "told"
+    code = (
+        "import os, sys; from pathlib import Path; from fastserve.stages import entry; from fastserve.errors import *\n"
+        "def stage(work):\n"
+        f"    Path({str(told)!r}).write_text(' '.join(name for name in os.environ if name.startswith('VLLM_')))\n"
+        "    raise DatasetInvalid('enough')\n"
+        "entry.stage_function = lambda name: stage\n"
+        "sys.exit(entry.main(sys.argv[1:]))"
+    )
+    arguments = ["--store", store.uri, "--stage", "source", "--key", KEY, "--attempt", "1"]
+    links = {"VLLM_PORT": "tcp://10.96.0.10:8000", "VLLM_SERVICE_HOST": "10.96.0.10", "VLLM_USE_V1": "0"}
+    named = {"VLLM_NAMED": "yes", "FASTSERVE_ENGINE_VARIABLES": "VLLM_NAMED"}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env={**os.environ, **links, **named}, check=False)
+    assert done.returncode == DatasetInvalid.exit_code
+    assert told.read_text() == "VLLM_NAMED"

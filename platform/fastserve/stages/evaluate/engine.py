@@ -38,8 +38,10 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
+    # The sampler compiles a small function even in an engine that compiles nothing else, and needs a C++ compiler then.
+    "TORCHDYNAMO_DISABLE": "1",
 }
-"""Read by vLLM when it is imported."""
+"""Read by vLLM and torch when they are imported."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ import aiohttp
 from yarl import URL
 
 from fastserve.errors import EngineFailed
+from fastserve.plan.environment import engine_environment
 from fastserve.stages.serve import warm
 from fastserve.stages.serve.engine_process import LONGEST_LINE_BYTES, LOOPBACK
 from fastserve.stages.serve.server import CHECK_SECONDS, LAST_ANSWERS_SECONDS, Receive, Scope, Send, lifespan
@@ -54,7 +55,8 @@ class RemoteServer:
             line = await asyncio.to_thread(warm.engine_process, env)
         except OSError as error:
             raise EngineFailed(f"the engine's process did not start: {error}; see the log of the replica") from error
-        await asyncio.to_thread(_order, line, {"model": str(model), "argv": list(argv), "env": {**os.environ, **env}})
+        order = {"model": str(model), "argv": list(argv), "env": engine_environment(os.environ, env)}
+        await asyncio.to_thread(_order, line, order)
         line.setblocking(False)
         self._reader, self._writer = await asyncio.open_unix_connection(sock=line, limit=LONGEST_LINE_BYTES)
         first = json.loads(await self._reader.readline() or "{}")

@@ -12,7 +12,6 @@ import io
 import logging
 import multiprocessing
 import os
-import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fastserve.errors import EngineFailed
+from fastserve.plan.environment import foreign
 from fastserve.stages.serve.loras import Loras
 from fastserve.stages.serve.signals import Signals
 
@@ -248,15 +248,11 @@ def parse(model: Path, argv: Sequence[str]) -> Any:
     return args
 
 
-_ADDRESS = re.compile(r"[a-z0-9+.-]*tcp://", re.IGNORECASE)
-
-
 def prepare_environment(env: dict[str, str]) -> None:
-    """Set what the engine's processes must find, and drop the addresses that a cluster injects for its Services.
+    """Set what the engine's processes must find, and drop what is not meant for them (`plan.environment`).
 
     To be called before vLLM is imported: it reads VLLM_PORT, which a Service named `vllm` sets to tcp://address:port.
     """
-    for name, value in list(os.environ.items()):
-        if _ADDRESS.match(value):
-            del os.environ[name]
+    for name in foreign(os.environ):
+        del os.environ[name]
     os.environ.update(env)

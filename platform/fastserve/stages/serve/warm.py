@@ -24,6 +24,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from fastserve.plan.environment import engine_environment
 from fastserve.stages.serve.engine_process import GREETING, preload, run
 
 FOLDER_VARIABLE = "FASTSERVE_ENGINES"
@@ -121,7 +122,8 @@ def _environment(env: Mapping[str, str]) -> dict[str, str]:
     loaded = ":".join(filter(None, (os.environ.get("LD_PRELOAD"), preload())))
     # First one that no import changes: the place in memory of the first is where titles of processes are written.
     unchanged = {"FASTSERVE_WARM": "1"}
-    return {**unchanged, **os.environ, **shared, **({"LD_PRELOAD": loaded} if loaded else {}), "PYTHONUNBUFFERED": "1"}
+    more = {**shared, **({"LD_PRELOAD": loaded} if loaded else {}), "PYTHONUNBUFFERED": "1"}
+    return {**unchanged, **engine_environment(os.environ, more)}
 
 
 def _start(path: Path, env: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fastserve.artifacts import attempts
 from fastserve.artifacts.store import Store
 from fastserve.artifacts.stores import open_store
 from fastserve.errors import AttemptFenced, InsufficientMemory, NotExecutable, StageFailed, StoreFull
+from fastserve.plan.environment import service_links
 from fastserve.stages.train import pause
 from fastserve.stages.train.corpus import Corpus
 from fastserve.stages.train.group import Group
@@ -40,6 +42,8 @@ def run_worker(config: Mapping[str, Any]) -> dict[str, Any]:
     config: `task` (a Task), `corpus` and `validation` (CorpusRefs, the second may be None).
     """
     task: Task = config["task"]
+    for name in service_links(os.environ):
+        del os.environ[name]  # of a Service named `nccl` or `torch`: libraries read such names when they are first used
     torch.set_num_threads(task.threads)
     store = open_store(task.store_uri)
     place = ray_place()

@@ -252,6 +252,8 @@ def ambient() -> Iterator[Callable[[str, str], None]]:
 
 def test_addresses_of_services_are_gone_before_vllm_reads_them(ambient: Callable[[str, str], None]) -> None:
     ambient("VLLM_PORT", "tcp://10.96.0.10:8000")
+    ambient("VLLM_SERVICE_HOST", "10.96.0.10")
+    ambient("VLLM_USE_V1", "0")
     prepare_environment({"VLLM_NO_USAGE_STATS": "1"})
-    assert "VLLM_PORT" not in os.environ
+    assert not {"VLLM_PORT", "VLLM_SERVICE_HOST", "VLLM_USE_V1"} & set(os.environ)
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"

@@ -36,15 +36,20 @@ def test_it_measures_about_what_the_whole_model_takes(deep_model: Path, corpus: 
     samples = list(range(16))
     rectangle = corpus.rectangle(samples)
     tokens = corpus.tokens(samples)
-    found = probe(net, [(tokens, rectangle)], torch.float32, CPU)
-    seconds = []
-    for _ in range(5):
-        began_at = time.perf_counter()
-        loss_sum(net.model, rectangle).backward()
-        seconds.append(time.perf_counter() - began_at)
-    assert found.most_tokens == tokens
-    # Other work on the machine may come between any two measurements; a block left out or counted twice would show.
-    assert min(seconds) / 3 < tokens / found.tokens_per_s < max(seconds) * 3
+
+    def about_right() -> bool:
+        found = probe(net, [(tokens, rectangle)], torch.float32, CPU)
+        seconds = []
+        for _ in range(5):
+            began_at = time.perf_counter()
+            loss_sum(net.model, rectangle).backward()
+            seconds.append(time.perf_counter() - began_at)
+        assert found.most_tokens == tokens
+        return min(seconds) / 3 < tokens / found.tokens_per_s < max(seconds) * 3
+
+    # Other work on the machine may come between any two measurements; a block left out or counted twice would show in
+    # all of them.
+    assert any(about_right() for _ in range(5))
 
 
 @pytest.mark.parametrize("section", [{"method": "full", "precision": "bf16"}, {"method": "lora"}])
@@ -89,8 +94,10 @@ def test_a_slow_link_is_slow_as_sender_and_as_receiver() -> None:
         here = Group.current()
         return link_seconds(FarAway(here.rank, here.size))
 
-    found = run_ranks(rank, 3)
-    assert found[0] == found[1] == found[2]
-    assert max(range(3), key=found[0].__getitem__) == 1
-    assert found[0][1] > 1.2 * sorted(found[0])[1]
+    def seen() -> bool:
+        found = run_ranks(rank, 3)
+        assert found[0] == found[1] == found[2]
+        return max(range(3), key=found[0].__getitem__) == 1 and found[0][1] > 1.2 * sorted(found[0])[1]
+
+    assert any(seen() for _ in range(5)), "once nobody else is held up as long"
     assert link_seconds(Group()) == [0.0]

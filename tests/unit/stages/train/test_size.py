@@ -130,7 +130,7 @@ def sizes(store: Store, request: StageRequest, cluster: Cluster, tmp_path: Path,
 
 
 def until(reached: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 100
     while not reached():
         assert time.monotonic() < end
         time.sleep(0.01)

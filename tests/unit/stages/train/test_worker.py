@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from fastserve.artifacts import attempts
 from fastserve.artifacts.checkpoints import fetch_checkpoint, newest_checkpoint
 from fastserve.artifacts.store import Store
+from fastserve.errors import UsageInvalid
 from fastserve.plan.stages import Stage
 from fastserve.stages.train import state
 from fastserve.stages.train.corpus import Corpus
@@ -24,7 +27,7 @@ from fastserve.stages.train.group import Group
 from fastserve.stages.train.machines import worker_environment
 from fastserve.stages.train.order import Order
 from fastserve.stages.train.task import Ended, Task
-from fastserve.stages.train.worker import train
+from fastserve.stages.train.worker import run_worker, train
 
 NewTask = Callable[..., Task]
 
@@ -207,3 +210,15 @@ def test_full_training_writes_tied_weights_under_every_stored_name(
 def test_workers_of_one_machine_talk_over_loopback_alone() -> None:
     assert worker_environment(1, one_machine=True)["GLOO_SOCKET_IFNAME"] == "lo"
     assert "GLOO_SOCKET_IFNAME" not in worker_environment(1, one_machine=False)
+
+
+def test_services_of_a_cluster_are_gone_before_a_worker_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Public case 16; what Ray Train sets for the worker itself stays."""
+    monkeypatch.setenv("NCCL_PORT", "tcp://10.96.0.10:8000")
+    monkeypatch.setenv("NCCL_SERVICE_HOST", "10.96.0.10")
+    monkeypatch.setenv("MASTER_SERVICE_HOST", "10.96.0.11")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(UsageInvalid):
+        run_worker({"task": SimpleNamespace(threads=torch.get_num_threads(), store_uri="gopher://nowhere")})
+    assert not {"NCCL_PORT", "NCCL_SERVICE_HOST", "MASTER_SERVICE_HOST"} & set(os.environ)
+    assert os.environ["MASTER_PORT"] == "29500"
