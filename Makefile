@@ -60,7 +60,7 @@ test: $(VENV)/.dev ## All tiers that need only Python (and Go, for the S3 server
 	@$(BIN)/python -m pytest -q -m ray tests/ray
 	@$(BIN)/python -m pytest -q -m e2e tests/e2e
 
-.PHONY: test-unit test-ray test-e2e test-s3 test-kube
+.PHONY: test-unit test-ray test-e2e test-s3 test-kube test-cluster
 test-unit: $(VENV)/.dev ## Unit tests: seconds, no Ray, no network
 	@$(BIN)/python -m pytest -q tests/unit
 test-ray: $(VENV)/.dev ## Tests on a real local Ray
@@ -72,6 +72,9 @@ test-s3: $(VENV)/.dev ## The artifact store on a real S3-compatible server
 test-kube: $(VENV)/.dev ## On a real Kubernetes API server (built once with Go: about 7 minutes)
 	@$(BIN)/python tests/kube/kubernetes_binaries.py
 	@$(BIN)/python -m pytest -q -m kube tests/kube
+test-cluster: $(VENV)/.dev ## On a whole Kubernetes node with pods (root; more is built once, 3 minutes)
+	@$(BIN)/python tests/kube/kubernetes_binaries.py node
+	@$(BIN)/python -m pytest -q -m cluster tests/cluster
 
 .PHONY: bench
 bench: $(VENV)/.dev ## Figures, one tab-separated line each: make bench ONLY=main|gateway|serving|training|kubernetes

@@ -8,11 +8,9 @@ it is killed.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 import sys
@@ -21,19 +19,23 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from certificates import Subject, kubeconfig, write_certificates
 from kubernetes_binaries import Binaries
 
+from fastserve.cluster.processes import free_ports
+
 SERVICE_RANGE = "10.96.0.0/16"
+SUBJECTS = {
+    "server": Subject("kube-apiserver", addresses=("127.0.0.1",), names=("localhost",)),
+    "admin": Subject("admin", "system:masters"),
+    "controllers": Subject("system:kube-controller-manager"),
+}
 START_LIMIT_SECONDS = 120
-STOP_LIMIT_SECONDS = 20
+STOP_LIMIT_SECONDS = 60
 
 
 class NotStarted(RuntimeError):
@@ -55,7 +57,7 @@ class Cluster:
     def kubectl(self, *words: str, text: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run kubectl; `text` is its standard input. Raises with what it said when it fails and `check` is set."""
         done = subprocess.run(
-            [self.kubectl_path, *words], env=self.environment, input=text, capture_output=True, text=True, timeout=120
+            [self.kubectl_path, *words], env=self.environment, input=text, capture_output=True, text=True, timeout=400
         )
         if check and done.returncode:
             raise AssertionError(f"kubectl {' '.join(words)}: {done.stderr.strip()}")
@@ -145,7 +147,7 @@ class ControlPlane(Cluster):
             if ready_url is not None:
                 tls = ssl.create_default_context(cafile=str(self.folder / "ca.crt"))
                 tls.load_cert_chain(self.folder / "admin.crt", self.folder / "admin.key")
-                with httpx.Client(verify=tls, timeout=5) as client:
+                with httpx.Client(verify=tls, timeout=30) as client:
                     _wait(lambda: _answers(client, ready_url), process, self.folder / f"{name}.log")
             self._parts[name] = stack.pop_all(), process
 
@@ -180,19 +182,22 @@ class ControlPlane(Cluster):
 
     def start(self) -> None:
         """Start all three; the controllers are at work a moment later."""
-        self.ports = dict(zip(("etcd", "peer", "api", "controllers"), _free_ports(4), strict=True))
-        _certificates(self.folder)
+        self.ports = dict(zip(("etcd", "peer", "api", "controllers"), free_ports(4), strict=True))
+        write_certificates(self.folder, SUBJECTS)
         server = f"https://127.0.0.1:{self.ports['api']}"
         for user in ("admin", "controllers"):
-            (self.folder / f"{user}.conf").write_text(json.dumps(_kubeconfig(self.folder, user, server)))
+            (self.folder / f"{user}.conf").write_text(json.dumps(kubeconfig(self.folder, user, server)))
         self._start("etcd", self._etcd())
         self.start_api()
         self._start("kube-controller-manager", self._controllers())
 
     def stop(self) -> None:
         """End all, the last first."""
-        for name in reversed([*self._parts]):
-            self._parts.pop(name)[0].close()
+        # The API server waits for whoever watches it, also when it was started anew after them: so it goes after them.
+        last = ("kube-apiserver", "etcd")
+        for name in [*(name for name in reversed([*self._parts]) if name not in last), *last]:
+            if name in self._parts:
+                self._parts.pop(name)[0].close()
 
 
 @contextlib.contextmanager
@@ -264,77 +269,3 @@ def _wait(ready: Any, process: subprocess.Popen[bytes], log: Path) -> None:
         if process.poll() is not None or time.monotonic() > end:
             raise NotStarted(f"{log.stem} did not come up: {log.read_text(errors='replace')[-2000:]}")
         time.sleep(0.05)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
-def _kubeconfig(folder: Path, user: str, server: str) -> dict[str, Any]:
-    files = {"client-certificate": str(folder / f"{user}.crt"), "client-key": str(folder / f"{user}.key")}
-    return {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "test",
-        "contexts": [{"name": "test", "context": {"cluster": "test", "user": user}}],
-        "clusters": [{"name": "test", "cluster": {"server": server, "certificate-authority": str(folder / "ca.crt")}}],
-        "users": [{"name": user, "user": files}],
-    }
-
-
-def _certificates(folder: Path) -> None:
-    """An authority of our own, one certificate for the server and one a client, and the key that signs accounts."""
-    authority = ec.generate_private_key(ec.SECP256R1())
-    issuer = _name("fastserve-test")
-    basic = x509.BasicConstraints(ca=True, path_length=None)
-    own = _builder(issuer, issuer, authority.public_key()).add_extension(basic, critical=True)
-    _write(folder, "ca", authority, own.sign(authority, hashes.SHA256()))
-    usages = x509.oid.ExtendedKeyUsageOID
-    for file, name, usage in (
-        ("server", _name("kube-apiserver"), usages.SERVER_AUTH),
-        ("admin", _name("admin", "system:masters"), usages.CLIENT_AUTH),
-        ("controllers", _name("system:kube-controller-manager"), usages.CLIENT_AUTH),
-    ):
-        key = ec.generate_private_key(ec.SECP256R1())
-        builder = _builder(name, issuer, key.public_key())
-        builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
-        if file == "server":
-            names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        _write(folder, file, key, builder.sign(authority, hashes.SHA256()))
-    accounts = ec.generate_private_key(ec.SECP256R1())
-    _write(folder, "accounts", accounts, None)
-    form = serialization.PublicFormat.SubjectPublicKeyInfo
-    (folder / "accounts.pub").write_bytes(accounts.public_key().public_bytes(serialization.Encoding.PEM, form))
-
-
-def _name(common: str, organization: str | None = None) -> x509.Name:
-    parts = [x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, common)]
-    if organization is not None:
-        parts.insert(0, x509.NameAttribute(x509.oid.NameOID.ORGANIZATION_NAME, organization))
-    return x509.Name(parts)
-
-
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=2))
-    )
-
-
-def _write(folder: Path, name: str, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate | None) -> None:
-    encoding = serialization.Encoding.PEM
-    private = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / f"{name}.key").write_bytes(private)
-    if certificate is not None:
-        (folder / f"{name}.crt").write_bytes(certificate.public_bytes(encoding))
