@@ -14,7 +14,7 @@ from typing import Any
 
 from fastserve.artifacts.file_types import check_name, choose
 from fastserve.artifacts.resolved import Resolved, SourceFile, Tick, copy_checked, digest_of_hub, read_head
-from fastserve.artifacts.tokens import hub_token
+from fastserve.artifacts.tokens import hub_token, variables_of
 from fastserve.errors import SourceInvalid, SourceNotFound, StageFailed
 from fastserve.plan.keys import Role, ident_of
 from fastserve.spec.source import Source
@@ -71,7 +71,7 @@ class HubSource:
         self._endpoint = (os.environ.get("HF_ENDPOINT", "").strip() or PUBLIC_HUB).rstrip("/")
         self._offline = is_offline(os.environ)
         # Said explicitly, or the hub's library would look for a token of its own and send that.
-        self._token = hub_token(source.token_secret, os.environ)
+        self._token = hub_token(source.token_secret, variables_of(source.token_secret, os.environ))
         self._commit = ""
 
     def resolve(self, digest: str | None = None) -> Resolved:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -59,12 +59,12 @@ def is_aws(endpoint: str | None) -> bool:
     return host.endswith(("amazonaws.com", "amazonaws.com.cn"))
 
 
-def connect(endpoint: str | None, region: str | None = None) -> S3Client:
+def connect(endpoint: str | None, region: str | None = None, variables: Mapping[str, str] = os.environ) -> S3Client:
     """A client for threads to share: five tries with jittered waits, path-style addresses away from AWS.
 
     Credentials: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN as `tokens` cleans them; where they are
     absent or empty, what boto3 finds (profile, instance role). Raises StoreFailed, naming the variable, for one that
-    cannot be; values are never shown.
+    cannot be; values are never shown. variables: where these stand.
     """
     import boto3
     import botocore.session
@@ -75,7 +75,7 @@ def connect(endpoint: str | None, region: str | None = None) -> S3Client:
     # Read here instead, without the newline that a value from a file ends in.
     session.get_component("credential_provider").remove("env")
     try:
-        given = {argument: secret.reveal() for argument, secret in s3_credentials(None, os.environ).items()}
+        given = {argument: secret.reveal() for argument, secret in s3_credentials(None, variables).items()}
     except SourceInvalid as error:
         raise StoreFailed(str(error)) from error
     settings = Config(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fastserve.artifacts import s3_client
 from fastserve.artifacts.file_types import choose
 from fastserve.artifacts.resolved import CHUNK_BYTES, Resolved, SourceFile, Tick
-from fastserve.artifacts.tokens import s3_credentials
+from fastserve.artifacts.tokens import s3_credentials, variables_of
 from fastserve.errors import DigestMismatch, SourceInvalid, SourceNotFound, StageFailed, StoreFailed
 from fastserve.plan.digest import digest_of
 from fastserve.plan.keys import Role, ident_of
@@ -32,6 +32,7 @@ class S3Source:
         self._ident = ident_of(source)
         self._role = role
         self._token_secret = source.token_secret
+        self._variables = variables_of(source.token_secret, os.environ)
         self._bucket, _, self._path = source.uri.removeprefix("s3://").partition("/")
         self._made: S3Client | None = None
 
@@ -89,8 +90,10 @@ class S3Source:
     @property
     def _client(self) -> S3Client:
         if self._made is None:
-            s3_credentials(self._token_secret, os.environ)  # a bad one is the source's error, with its Secret's name
-            self._made = s3_client.connect(s3_client.endpoint_of(None))
+            s3_credentials(
+                self._token_secret, self._variables
+            )  # a bad one is the source's error, with its Secret's name
+            self._made = s3_client.connect(s3_client.endpoint_of(None), variables=self._variables)
         return self._made
 
     def _list(self, prefix: str) -> dict[str, tuple[int, str]]:

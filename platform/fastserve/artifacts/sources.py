@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from fastserve.artifacts import safetensors_header
+from fastserve.artifacts.claims import ClaimSource, mounted_claims
 from fastserve.artifacts.file_types import check_content, read_object
 from fastserve.artifacts.folder import FolderSource, PackageSource
 from fastserve.artifacts.gguf_header import Truncated, parse_gguf
@@ -44,7 +45,7 @@ def resolve(
     """
     opened = _open(source, role, base, digest_cache)
     resolved = opened.resolve()
-    if resolved.scheme in ("file", "package"):
+    if resolved.scheme in ("file", "package", "pvc"):
         for file in resolved.files:
             check_content(Path(file.at), file.path, resolved.ident)
         if role != "data":
@@ -151,6 +152,8 @@ def _open(source: Source, role: Role, base: Path | None, digest_cache: Path | No
         return PackageSource(source, role, base, digest_cache)
     if scheme == "file":
         return FolderSource(source, role, base, digest_cache)
+    if mounted_claims() is not None:
+        return ClaimSource(source, role, base, digest_cache)
     raise SourceNotFound(
         f"{ident_of(source)}: a volume claim exists only on a Kubernetes cluster, and this is none: it needs a "
         "cluster; "

@@ -7,6 +7,7 @@ in a condition of every Model that waits for it.
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -41,6 +42,16 @@ class KubeEndpoint:
     def serve_port(self) -> int:
         """Port of Serve's proxy."""
         return urlsplit(self.serve_url).port or SERVE_PORT
+
+
+Address = Callable[[str, str], tuple[str, str]]
+"""From the namespace and the head's Service to the base URLs of the dashboard and of Serve's proxy."""
+
+
+def in_cluster(namespace: str, service: str) -> tuple[str, str]:
+    """How a pod reaches a head: by the full name of its Service."""
+    host = f"http://{service}.{namespace}.svc"
+    return f"{host}:{DASHBOARD_PORT}", f"{host}:{SERVE_PORT}"
 
 
 class GivenRay:
@@ -78,11 +89,18 @@ class GivenRay:
 class RayClusterHead:
     """The head of a RayCluster object."""
 
-    def __init__(self, api: KubeApi, namespace: str, name: str, python: str) -> None:
+    def __init__(self, api: KubeApi, namespace: str, name: str, python: str, address: Address = in_cluster) -> None:
+        """python: what runs a stage there. address: how its Service is reached."""
         self._api = api
         self._namespace = namespace
         self._name = name
         self._python = python
+        self._address = address
+
+    @property
+    def cluster_name(self) -> str:
+        """Name of the RayCluster."""
+        return self._name
 
     def load(self) -> KubeEndpoint | None:
         """The head; None when there is no such RayCluster, so that whatever ran in it is gone.
@@ -90,18 +108,16 @@ class RayClusterHead:
         Raises ClusterFailed while it has no head service yet, or its token is missing.
         """
         found = self._api.get(RAY_CLUSTERS, self._namespace, self._name)
-        if found is None:
-            return None
-        service = ((found.get("status") or {}).get("head") or {}).get("serviceName")
+        return None if found is None else self.endpoint(found)
+
+    def endpoint(self, found: Object) -> KubeEndpoint:
+        """The head of the object as it is. Raises ClusterFailed as `load` does."""
+        service = service_of(found)
         if not service:
             raise ClusterFailed(f"RayCluster {self._name} has no head service yet; see `kubectl get raycluster`")
-        host = f"{service}.{self._namespace}.svc"
+        dashboard_url, serve_url = self._address(self._namespace, service)
         return KubeEndpoint(
-            f"http://{host}:{DASHBOARD_PORT}",
-            self._token(found),
-            f"http://{host}:{SERVE_PORT}",
-            python=self._python,
-            promised=promised_by(found),
+            dashboard_url, self._token(found), serve_url, python=self._python, promised=promised_by(found)
         )
 
     def start(self) -> KubeEndpoint:
@@ -132,6 +148,18 @@ class RayClusterHead:
         if token is None:
             raise ClusterFailed(f"RayCluster {self._name}: Secret {name} with the key {key} is not there yet")
         return base64.b64decode(token).decode().strip()
+
+
+def service_of(found: Object) -> str:
+    """Name of the Service of a RayCluster's head; empty before KubeRay made one, and with it any pod."""
+    return str(((found.get("status") or {}).get("head") or {}).get("serviceName") or "")
+
+
+def is_up(found: Object) -> bool:
+    """Whether the head of a RayCluster runs, as KubeRay says."""
+    status = found.get("status") or {}
+    conditions = {item["type"]: item["status"] for item in status.get("conditions") or ()}
+    return bool(service_of(found)) and (conditions.get("HeadPodReady") == "True" or status.get("state") == "ready")
 
 
 def promised_by(found: Object) -> tuple[Machine, ...]:

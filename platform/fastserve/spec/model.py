@@ -45,6 +45,10 @@ class ModelSpec(Section):
     source: SourceRef
     """The model to begin with: a folder in Hugging Face layout or a single .gguf file."""
 
+    cluster: Literal["shared", "dedicated"] = "shared"
+    """On Kubernetes: at the namespace's Ray cluster, or at one of its own that goes with this Model.
+    A laptop has one."""
+
     train: Train | None = None
     """Fine-tune it."""
 

@@ -59,6 +59,8 @@ HABITS = {
     "maxReplicas": _REPLICAS,
     "targetRequests": Habit("serve.target", "such as serve: {target: {queue: 4}}"),
     "resourceProfile": _PROFILES,
+    "scaleDownDelaySeconds": Habit("serve.replicas", "such as serve: {replicas: {min: 0, idle: 5m}}"),
+    "env": Habit("serve.engine", "flags of vLLM go into serve.engine.extraArgs, variables into the installation"),
     # KServe
     "storageUri": _SOURCE,
     "modelUri": _SOURCE,
@@ -66,6 +68,8 @@ HABITS = {
     "modelFormat": _ENGINE,
     "runtime": _ENGINE,
     "containerConcurrency": Habit("serve.engine", "such as serve: {engine: {maxSequences: 8}}"),
+    "scaleTarget": Habit("serve.target", "such as serve: {target: {queue: 4}}"),
+    "scaleMetric": Habit("serve.target", "such as serve: {target: {ttft: 500ms}}"),
     "canaryTrafficPercent": Habit("serve.rollout", "such as serve: {rollout: {steps: [10, 100]}}"),
     "resources": _PROFILES,
     # vLLM and Hugging Face
@@ -74,6 +78,10 @@ HABITS = {
     "baseModel": _SOURCE,
     "modelNameOrPath": _SOURCE,
     "maxModelLen": Habit("serve.context"),
+    "maxNumSeqs": Habit("serve.engine", "as serve: {engine: {maxSequences: 8}}"),
+    "gpuMemoryUtilization": Habit("serve.engine", "as serve: {engine: {kvCache: 8GiB}}"),
+    "gpu": _PROFILES,
+    "gpus": _PROFILES,
     "tensorParallelSize": Habit("serve.engine", "as serve: {engine: {tensorParallel: 2}}"),
     "quantization": Habit("compress", "such as compress: [{quantize: {format: int8}}]"),
     "quantize": Habit("compress", "such as compress: [{quantize: {format: int8}}]"),

@@ -148,6 +148,15 @@ def _pin() -> Schema:
     return _block("A rollback, while it holds.", pin)
 
 
+def _rollback() -> Schema:
+    rollback = {
+        "asked": _text("The annotation's value."),
+        "revision": _text("Digest of the revision that it means; nothing when it was refused."),
+        "message": _text("What came of it, in a sentence."),
+    }
+    return _block("What came of the last new value of the annotation fastserve.dev/rollback.", rollback)
+
+
 def _revisions() -> Schema:
     revision = {
         "digest": _text("Digest of everything that decides what is served."),
@@ -175,6 +184,12 @@ def of_model() -> Schema:
             "revisions": _revisions(),
             "rollout": _rollout(),
             "pin": _pin(),
+            "rollback": _rollback(),
+            "why": {
+                "description": "Why it is as it is and what is due, in sentences.",
+                "type": "array",
+                "items": {"type": "string"},
+            },
             "replicas": _count("Replicas that answer, over all revisions."),
             "selector": _text("Labels of the pods that serve, as text: what autoscalers ask for."),
             "url": _text("Where it answers."),

@@ -34,17 +34,19 @@ def test_a_commit_that_is_killed_anywhere_is_whole_or_absent(
     store = place.open()
     usual_seconds = commit_undisturbed(place, folder)
     kills = 8 if place.environment else 20  # a bucket's client takes longer to start
+    torn = 0
     for kill in range(kills):
         key = f"{kill:064x}"
         commit_and_kill(place, folder, key, after_seconds=usual_seconds * 1.1 * kill / kills)
         record = attempts.find(store, Stage.TRAIN, key)
-        assert kill or record is None
         if record is None:
+            torn += 1
             again = StageRequest("assistant", Stage.TRAIN, key, 2, {})
             assert attempts.claim(store, again)
             record = attempts.commit(store, again, folder, {}, {})
             assert nothing_is_left(store, key)
         assert len(list(attempts.fetch(store, record, tmp_path / "cache").rglob("*.bin"))) == 12
+    assert torn, "some were killed before their commit"
 
 
 def commit_undisturbed(place: Any, folder: Path) -> float:
@@ -67,7 +69,7 @@ def commit_and_kill(place: Any, folder: Path, key: str, after_seconds: float) ->
 
 def nothing_is_left(store: Store, key: str) -> bool:
     """Discards the killed attempt until its last PUT, which may still be under way, has come and gone."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     base = f"artifacts/train/{key}/attempts/1/files/"
     while time.monotonic() < end:
         assert attempts.discard(store, Stage.TRAIN, key, 1)

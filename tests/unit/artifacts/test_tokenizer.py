@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -55,10 +54,8 @@ def test_where_all_agree_nothing_is_said() -> None:
     assert stop_set(files, 2).warnings == ()
 
 
-def test_a_real_tokenizer_gives_its_text_back_exactly_and_is_there_in_a_second() -> None:
-    began = time.perf_counter()
+def test_a_real_tokenizer_gives_its_text_back_exactly() -> None:
     tokenizer = load_tokenizer(SMOLLM).tokenizer()
-    assert time.perf_counter() - began < 2
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert [tokenizer.id_to_token(n) for n in tokenizer.encode("In 2026<|im_end|>").ids] == [

@@ -1,9 +1,19 @@
 from __future__ import annotations
 
-import pytest
+import json
+import threading
+import time
+from pathlib import Path
 
-from fastserve.artifacts.tokens import clean, hub_token, s3_credentials
-from fastserve.errors import SourceInvalid
+import hub_stand_in
+import pytest
+from huggingface_hub import constants
+from model_files import model_folder
+
+from fastserve.artifacts import sources, tokens
+from fastserve.artifacts.tokens import FOLDER, clean, hub_token, mounted, s3_credentials, secrets_from, variables_of
+from fastserve.errors import SecretMissing, SourceInvalid, SourceNotFound
+from fastserve.spec.source import Source
 
 
 @pytest.mark.parametrize("value", ["abc123", "abc123\n", "abc123\r\n", "  abc123", "abc123 \t", " abc123 \n"])
@@ -57,3 +67,69 @@ def test_keys_of_a_bucket_are_cleaned_as_tokens_are() -> None:
 def test_half_a_pair_of_keys_is_refused() -> None:
     with pytest.raises(SourceInvalid, match="set both or none"):
         s3_credentials("bucket", {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "\n"})
+
+
+def test_a_source_that_names_a_secret_gets_its_values_and_no_others() -> None:
+    environment = {"HF_TOKEN": "own", "AWS_ACCESS_KEY_ID": "own"}
+    assert variables_of(None, environment) is environment
+    assert variables_of("hub", environment) is environment, "on a laptop there are no Secrets"
+    held = {"hub": {"token": "theirs"}, "s3": {"AWS_ACCESS_KEY_ID": "i", "other": "x"}, "odd": {"password": "x"}}
+    with secrets_from(held.__getitem__):
+        assert variables_of(None, environment) is environment
+        assert variables_of("hub", environment) == {"HF_TOKEN": "theirs"}
+        assert variables_of("s3", environment) == {"AWS_ACCESS_KEY_ID": "i"}
+        with pytest.raises(SecretMissing, match=r"odd.*token"):
+            variables_of("odd", environment)
+    assert variables_of("hub", environment) is environment
+
+
+def test_on_rays_machines_a_secret_is_a_mounted_folder(tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "token").write_text("abc\n")
+    found = variables_of("hub", {FOLDER: str(tmp_path), "HF_TOKEN": "own"})
+    secret = hub_token("hub", found)
+    assert secret is not None
+    assert secret.reveal() == "abc"
+    for name in ("none", "..", "../hub", "/etc"):
+        with pytest.raises(SecretMissing, match=r"ray\.tokenSecrets"):
+            mounted(tmp_path, name, seconds=0)
+
+
+def test_a_secret_that_is_mounted_later_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "late").mkdir()
+    with pytest.raises(SecretMissing, match="late"):
+        mounted(tmp_path, "late", seconds=0)
+
+    def comes() -> None:
+        time.sleep(0.2)
+        (tmp_path / "new").write_text("abc")
+        (tmp_path / "new").rename(tmp_path / "late" / "token")  # whole at once, as a kubelet does
+
+    thread = threading.Thread(target=comes)
+    thread.start()
+    assert mounted(tmp_path, "late", seconds=60) == {"token": "abc"}
+    thread.join()
+
+
+def test_a_private_model_is_read_with_the_token_of_its_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_TOKEN", "of-somebody-else")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(tokens, "MOUNT_SECONDS", 0)
+    source = Source.model_validate({"uri": "hf://acme/model", "tokenSecret": "hub"})
+    with hub_stand_in.hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        hub.repository("acme/model", token="right").commit(model_folder())
+        with secrets_from(lambda name: {"token": "right\n"} if name == "hub" else {}):
+            found = sources.resolve(source)
+        assert hub.authorizations() == {"Bearer right"}
+        monkeypatch.setenv(FOLDER, str(tmp_path / "mounted"))
+        (tmp_path / "mounted" / "hub").mkdir(parents=True)
+        (tmp_path / "mounted" / "hub" / "token").write_text("right")
+        assert sources.resolve(source).digest == found.digest
+        (tmp_path / "mounted" / "hub" / "token").write_text("wrong")
+        with pytest.raises(SourceNotFound, match="tokenSecret: hub"):
+            sources.resolve(source)
+    assert "right" not in json.dumps([str(item) for item in found.files]) + caplog.text

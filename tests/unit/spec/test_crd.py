@@ -227,7 +227,7 @@ class TestDefaults:
         assert (scaled.spec.serve.replicas.min, scaled.spec.serve.replicas.max) == (3, 3)
 
     def test_a_model_without_serve_gets_none(self) -> None:
-        assert stored(spec("{source: a}"))["spec"] == {"source": "a"}
+        assert stored(spec("{source: a}"))["spec"] == {"source": "a", "cluster": "shared"}
 
     @pytest.mark.parametrize(
         "text",

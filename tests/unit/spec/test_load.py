@@ -43,24 +43,26 @@ def only(spec: str) -> Problem:
 
 class TestCase21NumbersThatAreNot:
     def test_the_number_forms_of_the_manifest_page_are_numbers(self) -> None:
-        parcels, key = read_file(CASES / "21-scalars.yaml")
-        assert isinstance(parcels, Model)
+        bond, key = read_file(CASES / "21-scalars.yaml")
+        assert isinstance(bond, Model)
         assert isinstance(key, AccessKey)
-        assert parcels.spec.train is not None
-        assert parcels.spec.train.learning_rate == 0.0002
-        assert parcels.spec.train.steps == 100_000
-        assert isinstance(parcels.spec.train.steps, int)
-        assert parcels.spec.train.batch_tokens == 65_536
+        assert (bond.metadata.name, key.metadata.name, key.spec.models) == ("007", "on", ["007"])
+        assert bond.spec.source.revision == "1e5f2c"
+        assert bond.spec.train is not None
+        assert bond.spec.train.learning_rate == 0.0002
+        assert bond.spec.train.steps == 100_000
+        assert isinstance(bond.spec.train.steps, int)
+        assert bond.spec.train.batch_tokens == 131_072
         assert key.spec.token_budget is not None
-        assert key.spec.token_budget.tokens == 500_000_000
-        assert key.spec.expires == datetime.date(2027, 6, 30)
+        assert key.spec.token_budget.tokens == 2_500_000_000
+        assert key.spec.expires == datetime.date(2031, 1, 9)
 
     def test_dumped_they_are_json_numbers(self) -> None:
-        parcels, key = (json.loads(json.dumps(dump(manifest))) for manifest in read_file(CASES / "21-scalars.yaml"))
-        train = parcels["spec"]["train"]
-        assert (train["learningRate"], train["steps"], train["batchTokens"]) == (0.0002, 100_000, 65_536)
-        assert key["spec"]["tokenBudget"]["tokens"] == 500_000_000
-        assert key["spec"]["expires"] == "2027-06-30"
+        bond, key = (json.loads(json.dumps(dump(manifest))) for manifest in read_file(CASES / "21-scalars.yaml"))
+        train = bond["spec"]["train"]
+        assert (train["learningRate"], train["steps"], train["batchTokens"]) == (0.0002, 100_000, 131_072)
+        assert key["spec"]["tokenBudget"]["tokens"] == 2_500_000_000
+        assert key["spec"]["expires"] == "2031-01-09"
 
     @pytest.mark.parametrize("form", ["2.0e-4", "0.0002", "2E-4", "2e-4", "200e-6"])
     def test_every_form_of_a_number_means_the_same(self, form: str) -> None:
@@ -69,7 +71,7 @@ class TestCase21NumbersThatAreNot:
 
     @pytest.mark.parametrize("form", ["1.5e0", "1e5x", '"100"', "yes", "[1]", "{a: 1}"])
     def test_steps_that_are_not_whole_name_steps(self, form: str) -> None:
-        text = (CASES / "21-scalars.yaml").read_text().replace("1e5", form)
+        text = (CASES / "21-scalars.yaml").read_text().replace("steps: 1e5", f"steps: {form}")
         (problem,) = problems_of(text)
         assert problem.path == "spec.train.steps"
         assert "whole number" in problem.message
@@ -78,17 +80,17 @@ class TestCase21NumbersThatAreNot:
     def test_unquoted_words_are_refused_in_one_go_with_what_to_write(self) -> None:
         found = [(p.path, p.line, p.suggestion) for p in problems_of_file(CASES / "21-unquoted.yaml")]
         assert found == [
-            ("metadata.name", 4, '"on"'),
-            ("spec.source.revision", 6, '"0123"'),
-            ("spec.serve.adapters[0].name", 9, '"no"'),
+            ("metadata.name", 3, '"off"'),
+            ("spec.source.revision", 7, '"0755"'),
+            ("spec.serve.adapters[1].name", 8, '"no"'),
         ]
 
     def test_unquoted_words_are_shown_with_what_they_are_read_as(self) -> None:
-        true, octal, false = (p.message for p in problems_of_file(CASES / "21-unquoted.yaml"))
-        assert "true" in true
-        assert "83" in octal
-        assert "false" in false
-        assert all("put it in quotes" in message for message in (true, octal, false))
+        off, octal, no = (p.message for p in problems_of_file(CASES / "21-unquoted.yaml"))
+        assert "off is false" in off
+        assert "493" in octal
+        assert "no is false" in no
+        assert all("put it in quotes" in message for message in (off, octal, no))
 
     def test_a_clock_time_is_not_a_duration(self) -> None:
         problem = only("{source: a, serve: {rollout: {hold: 1:30}}}")
@@ -133,13 +135,14 @@ class TestCase20HabitsOfOtherHouses:
         found = {p.path: (p.line, p.suggestion) for p in problems_of_file(CASES / "20-kubeai-habits.yaml")}
         assert found == {
             "spec.source": (4, "source"),
-            "spec.url": (5, "source"),
-            "spec.features": (6, "serve.task"),
-            "spec.engine": (7, "serve.engine"),
-            "spec.args": (8, "serve.engine"),
-            "spec.minReplicas": (9, "serve.replicas"),
-            "spec.maxReplicas": (10, "serve.replicas"),
-            "spec.resourceProfile": (11, "serve.profiles"),
+            "spec.resourceProfile": (5, "serve.profiles"),
+            "spec.minReplicas": (6, "serve.replicas"),
+            "spec.maxReplicas": (7, "serve.replicas"),
+            "spec.features": (8, "serve.task"),
+            "spec.engine": (9, "serve.engine"),
+            "spec.args": (10, "serve.engine"),
+            "spec.url": (11, "source"),
+            "spec.targetRequests": (12, "serve.target"),
         }
 
     def test_the_extra_arguments_have_a_place(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fastserve.errors import ManifestInvalid
@@ -172,3 +174,11 @@ def test_every_habit_leads_to_a_key_that_exists() -> None:
     paths = {path.removeprefix("spec.") for path, _ in walk(KINDS["Model"])}
     assert {habit.to for habit in HABITS.values()} <= paths
     assert set(KIND_HABITS.values()) <= set(KINDS)
+
+
+@pytest.mark.parametrize(
+    "how", sorted({habit.how for habit in HABITS.values() if re.match(r"(such )?as \w+:", habit.how)})
+)
+def test_what_is_shown_instead_of_a_habit_is_read(how: str) -> None:
+    shown = how.partition("as ")[2].replace("train: {", "train: {dataset: b, ")
+    assert read(f"{HEAD}{{{shown if shown.startswith('source') else f'source: a, {shown}'}}}")
