@@ -1,4 +1,4 @@
-"""`fastserve`: validate, plan, up, status, why, logs, chat, rollback, keys, down, schema.
+"""`fastserve`: validate, plan, up, status, why, logs, chat, rollback, retry, keys, down, schema.
 
 Exit codes: 0 done, 2 the manifest or the arguments are wrong, 3 the plan does not fit, 4 a gate refused, 5 the
 cluster failed, 130 interrupted. A user's mistake never ends in a traceback; `--debug` shows it.
@@ -18,10 +18,10 @@ from typer.core import TyperGroup
 from fastserve import __version__
 from fastserve.cli import chat as chat_command
 from fastserve.cli import keys as keys_command
-from fastserve.cli import render, show
+from fastserve.cli import on_cluster, render, show, up_on_cluster
 from fastserve.cli import up as up_command
-from fastserve.cluster.home import Home
-from fastserve.errors import FastServeError
+from fastserve.cli.place import Where, as_plugin, complete_model, placed
+from fastserve.errors import FastServeError, UsageInvalid
 
 INTERRUPTED = 130
 
@@ -55,15 +55,6 @@ class Output(StrEnum):
     JSON = "json"
 
 
-def complete_model(incomplete: str) -> list[str]:
-    """Names of the models in the default home, for shell completion."""
-    return [name for name in Home().known_models() if name.startswith(incomplete)]
-
-
-HomeOption = Annotated[
-    Path | None,
-    typer.Option("--home", help="Home folder; default: $FASTSERVE_HOME, else ~/.fastserve.", show_default=False),
-]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="text or json.")]
 FileArgument = Annotated[Path, typer.Argument(help="Manifest: YAML with one or more objects; - is standard input.")]
 NameArgument = Annotated[str, typer.Argument(help="Name of the model.", autocompletion=complete_model)]
@@ -95,15 +86,20 @@ def validate(file: FileArgument, output: OutputOption = Output.TEXT) -> None:
 
 
 @app.command()
-def plan(file: FileArgument, home: HomeOption = None, output: OutputOption = Output.TEXT) -> None:
+@placed
+def plan(file: FileArgument, where: Where, output: OutputOption = Output.TEXT) -> None:
     """Show what `up` would do, how long and with how many bytes. Nothing runs."""
-    show.plan(file, Home(home), as_json=output is Output.JSON)
+    if where.on_cluster:
+        up_on_cluster.plan(where.door(), file, as_json=output is Output.JSON)
+    else:
+        show.plan(file, where.home(), as_json=output is Output.JSON)
 
 
 @app.command()
+@placed
 def up(
     file: FileArgument,
-    home: HomeOption = None,
+    where: Where,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Return when the models are ready; `down` ends them.")
     ] = False,
@@ -116,76 +112,121 @@ def up(
     ] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Bring the models of a manifest up: run the stages that are due, then serve."""
-    up_command.up(file, Home(home), detach=detach, port=port, store=store, as_json=output is Output.JSON)
+    """Bring the models of a manifest up: run the stages that are due, then serve.
+
+    On a cluster they are asked for there and go on without this command, as with --detach.
+    """
+    if where.on_cluster:
+        up_on_cluster.up(where.door(), file, port=port, store=store, as_json=output is Output.JSON)
+        return
+    up_command.up(file, where.home(), detach=detach, port=port, store=store, as_json=output is Output.JSON)
 
 
 @app.command()
+@placed
 def status(
+    where: Where,
     name: OptionalName = None,
-    home: HomeOption = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl-C.")] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the loss of the model's training.")] = False,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Show the state of one model or of all."""
-    show.status(Home(home), name, watch=watch, as_json=output is Output.JSON, plot=plot)
+    if where.on_cluster:
+        on_cluster.status(where.door(), name, watch=watch, as_json=output is Output.JSON, plot=plot)
+    else:
+        show.status(where.home(), name, watch=watch, as_json=output is Output.JSON, plot=plot)
 
 
 @app.command()
-def why(name: NameArgument, home: HomeOption = None, output: OutputOption = Output.TEXT) -> None:
+@placed
+def why(name: NameArgument, where: Where, output: OutputOption = Output.TEXT) -> None:
     """Say why a model is in the state it is in, and what happens next."""
-    show.why(Home(home), name, as_json=output is Output.JSON)
+    if where.on_cluster:
+        on_cluster.why(where.door(), name, as_json=output is Output.JSON)
+    else:
+        show.why(where.home(), name, as_json=output is Output.JSON)
 
 
 @app.command()
+@placed
 def logs(
     name: NameArgument,
+    where: Where,
     stage: Annotated[
         str | None,
         typer.Argument(help="source, train, compress, evaluate or serve; default: the newest.", show_default=False),
     ] = None,
-    home: HomeOption = None,
     tail: Annotated[int, typer.Option(min=1, help="Lines from the end.")] = 200,
 ) -> None:
     """Show the log of a stage."""
-    show.logs(Home(home), name, stage, tail)
+    if where.on_cluster:
+        on_cluster.logs(where.door(), name, stage, tail)
+    else:
+        show.logs(where.home(), name, stage, tail)
 
 
 @app.command()
+@placed
 def chat(
     name: NameArgument,
+    where: Where,
     message: Annotated[
         str | None, typer.Argument(help="What to say; without it a conversation begins.", show_default=False)
     ] = None,
-    home: HomeOption = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="On a cluster: the gateway's address, ending in /v1, to use as it is.", show_default=False),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is deterministic.")] = 0.0,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Talk to a model that is up."""
-    chat_command.chat(
-        Home(home), name, message, max_tokens=max_tokens, temperature=temperature, as_json=output is Output.JSON
-    )
+    as_json = output is Output.JSON
+    if where.on_cluster:
+        settings = {"max_tokens": max_tokens, "temperature": temperature}
+        chat_command.chat_on_cluster(where.door(), name, message, url, settings, as_json)
+        return
+    if url is not None:
+        raise UsageInvalid("--url is for a cluster; a home's own gateway is found without it")
+    chat_command.chat(where.home(), name, message, max_tokens=max_tokens, temperature=temperature, as_json=as_json)
 
 
 @app.command()
+@placed
 def rollback(
     name: NameArgument,
+    where: Where,
     revision: Annotated[
         str | None, typer.Argument(help="First digits of the revision; default: the one before.", show_default=False)
     ] = None,
-    home: HomeOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Serve an earlier revision, until the manifest changes."""
-    show.rollback(Home(home), name, revision, as_json=output is Output.JSON)
+    if where.on_cluster:
+        on_cluster.rollback(where.door(), name, revision, as_json=output is Output.JSON)
+    else:
+        show.rollback(where.home(), name, revision, as_json=output is Output.JSON)
 
 
 @app.command()
-def down(name: OptionalName = None, home: HomeOption = None, output: OutputOption = Output.TEXT) -> None:
+@placed
+def retry(name: NameArgument, where: Where, output: OutputOption = Output.TEXT) -> None:
+    """Ask again for the stages of a model that have failed, on a cluster."""
+    if not where.on_cluster:
+        raise UsageInvalid("on this machine `fastserve up FILE` tries again; `retry` is for a cluster: add --cluster")
+    on_cluster.retry(where.door(), name, as_json=output is Output.JSON)
+
+
+@app.command()
+@placed
+def down(where: Where, name: OptionalName = None, output: OutputOption = Output.TEXT) -> None:
     """End one model, or everything in the home. Artifacts stay."""
-    up_command.down(Home(home), name, as_json=output is Output.JSON)
+    if where.on_cluster:
+        on_cluster.down(where.door(), name, as_json=output is Output.JSON)
+    else:
+        up_command.down(where.home(), name, as_json=output is Output.JSON)
 
 
 @app.command()
@@ -199,14 +240,20 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def run(arguments: list[str]) -> int:
+def plugin() -> None:
+    """Entry point of `kubectl-fastserve`, which kubectl runs as `kubectl fastserve`: commands mean the cluster."""
+    with as_plugin():
+        sys.exit(run(sys.argv[1:], "kubectl fastserve"))
+
+
+def run(arguments: list[str], program: str = "fastserve") -> int:
     """Run one command line and return its exit code."""
     wants_json = any(
         argument in ("-ojson", "--output=json", "-o=json") or (argument == "json" and before in ("-o", "--output"))
         for before, argument in zip(["", *arguments], arguments, strict=False)
     )
     try:
-        app(args=arguments)
+        app(args=arguments, prog_name=program)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except FastServeError as error:

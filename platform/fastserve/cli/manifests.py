@@ -20,3 +20,12 @@ def read_manifests(file: Path) -> list[Any]:
     if file.is_dir():
         raise UsageInvalid(f"{file} is a folder; name a manifest in it")
     return load.read_file(file)
+
+
+def read_as_written(file: Path) -> tuple[list[Any], list[Any]]:
+    """The objects in a manifest twice: as `read_manifests` reads them, and with plain paths of sources as they stand
+    there, which a cluster takes from the working directory of its pods, also after `kubectl apply`."""
+    if str(file) == "-":
+        found = read_manifests(file)
+        return found, found
+    return read_manifests(file), load.read(file.read_text(encoding="utf-8-sig"), str(file))

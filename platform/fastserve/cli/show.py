@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastserve.cli import render, training
+from fastserve.cli import render, stories
 from fastserve.cli.manifests import read_manifests
 from fastserve.cluster.home import Home
 from fastserve.cluster.local import LocalCluster
@@ -15,9 +14,8 @@ from fastserve.cluster.status import current_stage, curve_of, status_of
 from fastserve.cluster.survey import machines_here, survey
 from fastserve.errors import ClusterFailed, UsageInvalid
 from fastserve.plan import keys
-from fastserve.plan.observed import Observed, Pin
 from fastserve.plan.pipeline import wanted_revision
-from fastserve.plan.steps import routed
+from fastserve.plan.rollback import pin_of, rollback_target
 from fastserve.spec import load
 from fastserve.spec.model import AccessKey, HardwareProfile, Model
 from fastserve.spec.schema import schema as manifest_schema
@@ -62,11 +60,11 @@ def status(home: Home, name: str | None, watch: bool, as_json: bool, plot: bool 
         if as_json:
             render.as_json(found[0] if name else found)
         elif name:
-            _details(found[0])
+            stories.details(found[0])
             if plot:
                 render.curve(found[0]["curve"], name)
         else:
-            _lines(found)
+            stories.lines(found)
         if not watch:
             return
         time.sleep(2)
@@ -79,20 +77,7 @@ def why(home: Home, name: str, as_json: bool) -> None:
         told = ("why", "conditions", "gate", "rollout", "pin")
         render.as_json({"name": name, **{key: found[key] for key in told}})
         return
-    for because in found["why"]:
-        render.answer(because)
-    if found["rollout"] is not None:
-        render.answer(found["rollout"]["message"])
-    for live in found["revisions"]:
-        for sentence in _places(live):
-            render.answer(f"revision {live['digest'][:8]}{sentence}")
-    for limit in (found["gate"] or {}).get("limits", []):
-        render.answer(f"gate: {limit['sentence']}")
-    for stage, state in found["stages"].items():
-        if stage == "train" and (size := training.size_of(training.metrics_of(state))):
-            render.answer(f"train: {size}")
-        if state.get("message"):
-            render.answer(f"{stage}: attempt {state['attempt']} {state['state']}: {state['message']}")
+    stories.why(found)
 
 
 def logs(home: Home, name: str, stage: str | None, tail: int) -> None:
@@ -115,10 +100,9 @@ def rollback(home: Home, name: str, revision: str | None, as_json: bool) -> None
     wanted = wanted_revision(beat.model, beat.observed, keys.stage_keys(beat.model, beat.observed.digests))
     if wanted is None:
         raise UsageInvalid(f"{name} has no revision yet; `fastserve status {name}` shows its stages")
-    target = _target(home, name, revision, beat.observed, wanted.digest)
-    # By name, also the wanted one goes in at once: whoever names it has seen how it does.
+    target = rollback_target(name, beat.observed, list(home.revisions(name)), wanted.digest, revision)
     stepped = beat.model.spec.serve is not None and beat.model.spec.serve.rollout is not None
-    home.set_pin(name, None if target == wanted.digest and not stepped else Pin(target, wanted.digest))
+    home.set_pin(name, pin_of(target, wanted.digest, stepped))
     if not as_json:
         render.say(f"rolling {name} back to revision {target[:8]}; it stays until the manifest changes")
     deadline = time.monotonic() + ROLLBACK_SECONDS
@@ -137,91 +121,12 @@ def schema() -> None:
     render.as_json(manifest_schema())
 
 
-def _target(home: Home, name: str, revision: str | None, observed: Observed, wanted: str) -> str:
-    """The revision that is asked for; without a word the one that a rollout is to replace, else the one before."""
-    known = list(home.revisions(name))
-    if revision is not None:
-        found = [digest for digest in known if digest.startswith(revision)]
-        if len(found) != 1:
-            shown = ", ".join(digest[:8] for digest in known) or "none"
-            raise UsageInvalid(f"'{revision}' is not one revision of {name}; the revisions are, oldest first: {shown}")
-        return found[0]
-    serving = routed(observed)
-    if len(serving) > 1:
-        return next(digest for digest in serving if digest != wanted)
-    before = known[: known.index(serving[0])] if serving and serving[0] in known else []
-    if not before:
-        raise UsageInvalid(f"{name} has no revision before the one that serves; `fastserve status {name}` lists them")
-    return before[-1]
-
-
 def _status(home: Home, name: str) -> dict[str, Any]:
     cluster = LocalCluster(home)
     beat = cluster.look_back(name) or cluster.look(name)
     scaling = cluster.scaling(name)
     found = status_of(beat.model, beat.observed, beat.moves, cluster.store, cluster.gateway.url, scaling)
     return found | {"stage": current_stage(beat.moves)}
-
-
-def _lines(found: list[dict[str, Any]]) -> None:
-    rows = []
-    for item in found:
-        condition = item["conditions"][0]
-        serving = [live for live in item["revisions"] if live["weight"] > 0]
-        rows.append(
-            [
-                item["name"],
-                item["stage"],
-                condition["status"],
-                sum(live["replicas"] for live in serving),
-                serving[0]["digest"][:8] if serving else "-",
-                item["url"] or "-",
-                condition["reason"],
-            ]
-        )
-    render.table(["NAME", "STAGE", "READY", "REPLICAS", "REVISION", "URL", "REASON"], rows)
-
-
-def _details(item: Mapping[str, Any]) -> None:
-    _lines([dict(item)])
-    rows = []
-    for stage, state in item["stages"].items():
-        progress = state.get("progress") or {}
-        done = f"{100 * progress['done'] / (progress['total'] or 1):.0f}%" if progress else ""
-        rows.append(
-            [stage, state["state"], done, state.get("attempt", ""), (state["key"] or "")[:12], state.get("message", "")]
-        )
-    render.table(["STAGE", "STATE", "DONE", "ATTEMPT", "KEY", "MESSAGE"], rows)
-    _training(training.metrics_of(item["stages"].get("train") or {}))
-    for live in item["revisions"]:
-        share = f"{live['weight']}% of traffic, {live['replicas']} replicas"
-        render.answer(f"revision {live['digest'][:8]}: {live['state']}, {share} {live['message']}".rstrip())
-        for sentence in _places(live):
-            render.answer(sentence)
-    if item["rollout"] is not None:
-        render.answer(item["rollout"]["message"])
-    for because in item["why"]:
-        render.answer(because)
-
-
-def _places(live: Mapping[str, Any]) -> list[str]:
-    """Each place of a revision, and the last decision on how many replicas it has."""
-    found = []
-    for place in live["places"]:
-        head = f"  {place['profile']}: {place['state']}, {place['replicas']} of {place['wanted']} replicas"
-        bounds = f", {place['min']} to {place['max']} allowed" if "min" in place else ""
-        why = place.get("decided") or place.get("because") or ""
-        found.append(f"{head}{bounds}{': ' if why else ''}{why}")
-    return found
-
-
-def _training(metrics: Mapping[str, Any]) -> None:
-    """How the workers of a training run share it, and how it goes."""
-    workers = training.worker_rows(metrics)
-    if workers:
-        render.table(training.WORKER_COLUMNS, workers, title="Workers")
-    for sentence in training.sentences(metrics):
-        render.answer(sentence)
 
 
 def _stage_log(cluster: LocalCluster, name: str, stage: str | None) -> str:

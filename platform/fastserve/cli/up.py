@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -110,6 +110,7 @@ class Run:
         self._screen = Screen(quiet=as_json)
         self._cluster = LocalCluster(home, port, self._screen.say)
         self._was_serving = bool(home.serving())
+        self._stays = False  # True once the models are ready and go on until Ctrl-C
         self._shown: set[str] = set()
         self.refusal: FastServeError | None = None
         """What the models were refused for; None when all is well."""
@@ -125,19 +126,20 @@ class Run:
             if self.refusal is not None:
                 return self._leave(keep=self._was_serving)
             serves = any(beat.model.spec.serve is not None for beat in beats)
-            stays = serves and not self._detach
-            if not self._json and not self._told(beats, may_end=stays):
-                return self._leave(keep=False)
-            if not stays:
-                return self._leave(keep=serves)
+            self._stays = serves and not self._detach
+            if not self._json:
+                self._show_endpoints(beats)
+            if self._stays:
+                self._stay()
+            return self._leave(keep=serves)
         except KeyboardInterrupt:
             self._leave(keep=False)
-            raise
+            if not self._stays:
+                raise
+            return False  # the models were ready, and Ctrl-C is how their run ends
         except FastServeError:
             self._leave(keep=self._was_serving)
             raise
-        self._stay()
-        return self._leave(keep=False)
 
     def _until_settled(self) -> list[Beat]:
         """Beat until every model of this run is done or refused."""
@@ -168,17 +170,6 @@ class Run:
             found = [self._status(beat) for beat in beats]
             render.as_json(found[0] if len(found) == 1 else found)
 
-    def _told(self, beats: Sequence[Beat], may_end: bool) -> bool:
-        """Show the endpoints. False: Ctrl-C came while the answer streamed, which ends a ready model too."""
-        try:
-            self._show_endpoints(beats)
-        except KeyboardInterrupt:
-            if not may_end:
-                raise
-            render.say("\nstopping")
-            return False
-        return True
-
     def _show_endpoints(self, beats: Sequence[Beat]) -> None:
         """URL, key, a curl line, and of a model that chats one real answer."""
         url, key = self._cluster.gateway.url, local_key(self._home)
@@ -201,18 +192,15 @@ class Run:
         if not self._detach and any(beat.model.spec.serve is not None for beat in beats):
             render.say("\nCtrl-C ends it.", style="dim")
 
-    def _stay(self) -> None:
-        """Tend until Ctrl-C."""
+    def _stay(self) -> NoReturn:
+        """Tend until Ctrl-C, which comes as KeyboardInterrupt."""
         said: Mapping[str, str] = {}
-        try:
-            while True:
-                time.sleep(SERVE_SECONDS)
-                try:
-                    said = self._tell_changes(said)
-                except ClusterFailed as error:
-                    render.say(f"{error.reason}: {error}; trying again")
-        except KeyboardInterrupt:
-            render.say("stopping")
+        while True:
+            time.sleep(SERVE_SECONDS)
+            try:
+                said = self._tell_changes(said)
+            except ClusterFailed as error:
+                render.say(f"{error.reason}: {error}; trying again")
 
     def _tell_changes(self, said: Mapping[str, str]) -> dict[str, str]:
         now = {beat.model.name: " ".join(move.because for move in beat.moves) for beat in self._cluster.beat()}
@@ -222,13 +210,16 @@ class Run:
         return now
 
     def _leave(self, keep: bool) -> bool:
-        """End everything unless it shall go on; a second Ctrl-C does not tear the clean-up."""
+        """End everything unless it shall go on; a second Ctrl-C, or SIGTERM, does not tear the clean-up."""
         if not keep:
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
             try:
+                if self._stays:
+                    render.say("\nstopping")
                 self._cluster.stop()
             finally:
-                signal.signal(signal.SIGINT, before)
+                for number, handler in before.items():
+                    signal.signal(number, handler)
         return keep
 
 

@@ -1,0 +1,117 @@
+"""What the objects tell: with everything, with little, with nothing, and by an operator of another version."""
+
+from __future__ import annotations
+
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kube_objects import KubeObjects
+
+from fastserve.cli import stories
+from fastserve.cluster.kube_api import KubeApi
+from fastserve.cluster.kube_story import KubeModels, story_of
+from fastserve.errors import ClusterFailed, UsageInvalid
+
+DIGEST = "ab" * 32
+READY = {"type": "Ready", "status": "True", "reason": "Ready", "message": "It serves."}
+
+
+def model(generation: int = 1, **status: Any) -> dict[str, Any]:
+    return {"metadata": {"name": "chat", "generation": generation}, "spec": {}, "status": status}
+
+
+def test_a_model_that_nobody_has_looked_at_says_so() -> None:
+    found = story_of({"metadata": {"name": "chat", "generation": 1}, "spec": {}})
+    assert found["conditions"][0]["reason"] == "NotLookedAt"
+    assert "Is one running" in found["why"][0]
+    assert found["stage"] == "-"
+
+
+def test_a_change_that_was_not_looked_at_is_not_called_ready() -> None:
+    found = story_of(model(2, conditions=[READY], observedGeneration=1))
+    ready = found["conditions"][0]
+    assert (ready["status"], ready["reason"]) == ("Unknown", "NotLookedAt")
+    assert ready["message"].endswith("before it: It serves.")
+
+
+def test_a_deleted_one_is_not_called_ready() -> None:
+    value = model(conditions=[READY], observedGeneration=1)
+    value["metadata"]["deletionTimestamp"] = "2027-01-01T00:00:00Z"
+    assert story_of(value)["conditions"][0]["reason"] == "Deleting"
+
+
+def test_a_rollout_is_told_in_a_sentence() -> None:
+    rollout = {"revision": DIGEST, "from": "cd" * 32, "weight": 5, "step": 1, "steps": [5, 100]}
+    found = story_of(model(conditions=[READY], observedGeneration=1, rollout=rollout))
+    assert found["rollout"]["message"] == "step 1 of 2: revision abababab has 5 % of traffic, cdcdcdcd the rest"
+
+
+STAGE = st.fixed_dictionaries(
+    {"state": st.sampled_from(["waiting", "running", "committed", "failed", "lost"])},
+    optional={"key": st.text("0123456789abcdef", max_size=64), "attempt": st.integers(0, 3), "message": st.text()},
+)
+REVISION = st.fixed_dictionaries(
+    {"digest": st.just(DIGEST)},
+    optional={
+        "state": st.sampled_from(["ready", "starting"]),
+        "weight": st.integers(0, 100),
+        "replicas": st.integers(0, 3),
+        "places": st.lists(st.fixed_dictionaries({"profile": st.just("local")}, optional={"state": st.just("ready")})),
+    },
+)
+STATUS = st.fixed_dictionaries(
+    {},
+    optional={
+        "stages": st.dictionaries(st.sampled_from(["source", "train"]), STAGE),
+        "revisions": st.lists(REVISION, max_size=2),
+        "conditions": st.lists(st.just(READY), max_size=1),
+        "why": st.lists(st.text(), max_size=2),
+        "rollout": st.just({"revision": DIGEST}),
+        "observedGeneration": st.integers(0, 3),
+        "url": st.just("http://g/v1"),
+    },
+)
+
+
+@given(STATUS)
+def test_any_status_can_be_shown(status: dict[str, Any]) -> None:
+    """Also one of an operator that wrote fewer keys."""
+    found = story_of(model(**status))
+    json.dumps(found)
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        stories.details(found)
+        stories.why(found)
+
+
+@pytest.fixture
+def objects() -> KubeObjects:
+    found = KubeObjects()
+    found.put("/api/v1/namespaces/demo", {"metadata": {"name": "demo"}})
+    return found
+
+
+def test_nothing_there_is_not_the_same_as_no_such_namespace(api: KubeApi) -> None:
+    assert KubeModels(api, "demo").all() == []
+    with pytest.raises(UsageInvalid, match=r"no namespace demos on the cluster; did you mean demo\?"):
+        KubeModels(api, "demos").all()
+
+
+def test_a_cluster_without_the_kinds_is_told_so(api: KubeApi, objects: KubeObjects) -> None:
+    answer = objects.answer
+    objects.answer = lambda *call: (404, {"message": "not found"}) if "/models" in call[1] else answer(*call)  # type: ignore[method-assign]
+    with pytest.raises(ClusterFailed, match="FastServe is not installed there"):
+        KubeModels(api, "demo").all()
+
+
+def test_who_may_not_is_told_the_verb_and_the_resource(api: KubeApi, objects: KubeObjects) -> None:
+    said = 'models.fastserve.dev is forbidden: User "me" cannot list resource "models" in API group "fastserve.dev"'
+    objects.answer = lambda *_: (403, {"message": said})  # type: ignore[method-assign]
+    with pytest.raises(ClusterFailed) as caught:
+        KubeModels(api, "demo").all()
+    assert 'cannot list resource "models"' in str(caught.value)
+    assert "ask for a Role with that verb on that resource" in str(caught.value)
