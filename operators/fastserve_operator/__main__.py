@@ -28,14 +28,16 @@ import kopf
 from fastserve.cluster.kube_api import ACCESS_KEYS, MODELS, PROFILES, KubeApi
 from fastserve.cluster.kube_cluster import KubeCluster
 from fastserve.cluster.kube_gateway import KubeGateway
+from fastserve.cluster.kube_heads import Heads, OneHead
 from fastserve.cluster.kube_home import KubeHome
 from fastserve.cluster.kube_lease import LEASE_SECONDS, Lease
 from fastserve.cluster.kube_ray import GivenRay, RayClusterHead
-from fastserve.cluster.parts import Head
+from fastserve.cluster.kube_ray_clusters import RayClusters
 from fastserve.errors import FastServeError
 from fastserve.spec.model import GROUP, VERSION
 from fastserve_operator.conditions import Trouble, attempted
 from fastserve_operator.model import Namespace
+from fastserve_operator.rounds import Rounds
 
 LEASE = "fastserve-operator"
 LOOK_SECONDS = 3.0
@@ -44,6 +46,9 @@ CALM_SECONDS = 10.0
 
 GATHER_SECONDS = 0.2
 """Changes that come together are looked at together."""
+
+MOST_COST_SECONDS = 4.0
+"""However much a look costs, a change is looked at within so many seconds."""
 
 log = logging.getLogger("fastserve.operator")
 
@@ -56,6 +61,9 @@ class Options:
     """The only namespace to tend; None for all of them."""
 
     store: str
+    ray_template: str | None
+    """Name of the ConfigMap in each namespace that RayClusters are made from; None: none is made."""
+
     ray_cluster: str
     ray_address: str | None
     ray_token_file: Path | None
@@ -75,23 +83,32 @@ class Operator:
     def __init__(self, api: KubeApi, options: Options, acts: Callable[[], bool] = lambda: True) -> None:
         """acts: whether this process may still act."""
         self._acts = acts
-        self._api = api
+        self._api = api.acting_only_while(acts)
         self._options = options
         self._namespaces: dict[str, Namespace] = {}
+        self._rounds = Rounds()
 
     def tend(self) -> bool:
-        """One look at every namespace. What goes wrong in one is no matter of another. Returns whether the next look is
-        due soon."""
-        soon = False
+        """One look at every namespace. What goes wrong or hangs in one is no matter of another; and who may ask is
+        looked at apart from what is served, so that a key that is taken away waits for no store and no Ray. Returns
+        whether the next look is due soon."""
+        looks: dict[str, Callable[[], bool]] = {}
         for name in self._names():
-            told = attempted(partial(self._tend, name))
+            looks[f"namespace {name}"] = partial(self._tend, name)
+        for name, tended in dict(self._namespaces).items():
+            looks[f"namespace {name}, its keys"] = tended.tend_keys
+        ended = self._rounds.go(looks, lambda name: looks[name]())
+        for name, told in ended.items():
             if isinstance(told, Trouble):
-                log.warning("namespace %s: %s: %s", name, told.reason, told.message)
-            soon |= told is not False
-        return soon
+                log.warning("%s: %s: %s", name, told.reason, told.message)
+        return bool(self._rounds.under_way) or any(told is not False for told in ended.values())
 
     def _tend(self, name: str) -> bool:
-        return self._namespace(name).tend()
+        return self._namespace(name).tend_models()
+
+    def close(self, seconds: float) -> None:
+        """Wait for looks that are under way, but not longer than this."""
+        self._rounds.close(seconds)
 
     def _names(self) -> list[str]:
         if self._options.namespace is not None:
@@ -106,15 +123,17 @@ class Operator:
             home = KubeHome(self._api, name, options.scratch / name, f"{options.store.rstrip('/')}/{name}")
             home.create()
             gateway = KubeGateway(self._api, name, options.gateway_url, options.gateway_admin_url)
-            cluster = KubeCluster(self._api, home, self._head(name), gateway, say=log.info)
+            cluster = KubeCluster(self._api, home, self._heads(name), gateway, say=log.info)
             self._namespaces[name] = Namespace(self._api, name, cluster, self._acts)
         return self._namespaces[name]
 
-    def _head(self, namespace: str) -> Head:
-        options = self._options
-        if options.ray_address is None:
-            return RayClusterHead(self._api, namespace, options.ray_cluster, options.stage_python)
-        return GivenRay(options.ray_address, options.ray_token_file, options.serve_url, options.stage_python)
+    def _heads(self, namespace: str) -> Heads:
+        options, python = self._options, self._options.stage_python
+        if options.ray_address is not None:
+            return OneHead(GivenRay(options.ray_address, options.ray_token_file, options.serve_url, python))
+        if options.ray_template is not None:
+            return RayClusters(self._api, namespace, options.ray_template, python)
+        return OneHead(RayClusterHead(self._api, namespace, options.ray_cluster, python))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -131,11 +150,10 @@ def main(words: Sequence[str] | None = None) -> int:
     identity = f"{socket.gethostname()}_{os.getpid()}_{secrets.token_hex(4)}"
     lease = Lease(api, options.lease_namespace, LEASE, identity, options.lease_seconds)
     stop, wake = threading.Event(), threading.Event()
+    operator = Operator(api, options, lambda: lease.held)
     threads = [
         threading.Thread(target=_keep_lease, args=(lease, stop, wake), name="lease", daemon=True),
-        threading.Thread(
-            target=_look, args=(Operator(api, options, lambda: lease.held), lease, stop, wake), name="look", daemon=True
-        ),
+        threading.Thread(target=_look, args=(operator, lease, stop, wake), name="look", daemon=True),
     ]
     for thread in threads:
         thread.start()
@@ -153,20 +171,23 @@ def main(words: Sequence[str] | None = None) -> int:
         wake.set()
         for thread in threads:
             thread.join(30)
+        operator.close(10)
         attempted(lease.release)
     return 0
 
 
 def _keep_lease(lease: Lease, stop: threading.Event, wake: threading.Event) -> None:
     """Renew the lease, or wait for it."""
+    acted = False
     while not stop.is_set():
-        before = lease.held
         told = attempted(lease.renew)
         if isinstance(told, Trouble):
             log.warning("the lease could not be renewed: %s", told.message)
-        if lease.held != before:
-            log.info("this replica %s", "acts" if lease.held else "waits: another one holds the lease")
+        acts = lease.held  # it may also have run out by itself, while this process or the API server stood still
+        if acts != acted:
+            log.info("this replica %s", "acts" if acts else "waits: it holds the lease no longer")
             wake.set()
+        acted = acts
         stop.wait(lease.renew_seconds)
 
 
@@ -174,13 +195,16 @@ def _look(operator: Operator, lease: Lease, stop: threading.Event, wake: threadi
     """Look every few seconds, and soon after a change."""
     while not stop.is_set():
         wake.clear()
+        spent = time.process_time()
         told: bool | Trouble = False
         if lease.held:
             told = attempted(operator.tend)
             if isinstance(told, Trouble):
                 log.warning("%s: %s", told.reason, told.message)
-        if wake.wait(LOOK_SECONDS if told else CALM_SECONDS):
-            time.sleep(GATHER_SECONDS)
+        # Where there are thousands of objects a look costs seconds of a core: then looks are rarer.
+        cost_seconds = min(time.process_time() - spent, MOST_COST_SECONDS)
+        if wake.wait(max(LOOK_SECONDS if told else CALM_SECONDS, 10 * cost_seconds)):
+            time.sleep(max(GATHER_SECONDS, cost_seconds))
 
 
 def _registry(wake: threading.Event) -> kopf.OperatorRegistry:
@@ -220,8 +244,10 @@ def parse(words: Sequence[str] | None) -> Options:
     parser.add_argument(
         "--store", required=True, help="folder or s3:// URI; each namespace has a folder of its own in it"
     )
-    parser.add_argument("--ray-cluster", default="fastserve", help="name of each namespace's RayCluster")
-    parser.add_argument("--ray-address", help="http://HOST:8265 of a Ray head, in place of a RayCluster")
+    ray = parser.add_mutually_exclusive_group()
+    ray.add_argument("--ray-cluster", default="fastserve", help="name of each namespace's RayCluster")
+    ray.add_argument("--ray-template", help="name of the ConfigMap that each namespace's RayClusters are made from")
+    ray.add_argument("--ray-address", help="http://HOST:8265 of a Ray head, in place of a RayCluster")
     parser.add_argument("--ray-token-file", type=Path, help="file with the token of --ray-address")
     parser.add_argument(
         "--serve-url", help="where Serve's proxy of --ray-address answers; by default port 8000 of its host"
@@ -243,6 +269,7 @@ def parse(words: Sequence[str] | None) -> Options:
     return Options(
         namespace=found.namespace,
         store=found.store,
+        ray_template=found.ray_template,
         ray_cluster=found.ray_cluster,
         ray_address=found.ray_address,
         ray_token_file=found.ray_token_file,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from fastserve.cluster.kube_pods import PodTrouble
 from fastserve.errors import ClusterFailed, FastServeError, ManifestInvalid, NotExecutable
 
 MOST_CHARACTERS = 2000
@@ -129,14 +130,26 @@ def cause(reason: str, message: str) -> str:
     return reason
 
 
+_PATIENT = {*_VAGUE, "Running", "Waiting", "Working", "ClusterFailed"}
+"""Reasons that say that something is not there yet, not why."""
+
+
+def lifted(told: Condition, pod: PodTrouble | None) -> Condition:
+    """A condition with what a pod says, where it would only say that something is not there yet."""
+    if pod is None or told["status"] == "True" or told["reason"] not in _PATIENT:
+        return told
+    return {**told, "reason": pod.reason, "message": pod.message[:MOST_CHARACTERS]}
+
+
 _ADVICE = (
     (re.compile(r"`fastserve up` tries again"), "a new value of the annotation fastserve.dev/retry tries again"),
     (re.compile(r"[;,:]? (?:try again, or )?(?:and )?run `fastserve [^;.]*"), ""),
+    (re.compile(r"`fastserve (?=(?:logs|status|why|rollback)\b)"), "`kubectl fastserve "),
 )
 
 
 def in_cluster_words(message: str) -> str:
-    """A message without the advice that holds on a laptop alone."""
+    """A message without the advice that holds on a laptop alone, and with the commands of a cluster."""
     for pattern, words in _ADVICE:
         message = pattern.sub(words, message)
     return message

@@ -16,13 +16,18 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+from fastserve.artifacts.tokens import secrets_from
 from fastserve.cluster.kube_api import ACCESS_KEYS, MODELS, PROFILES, KubeApi, Object
 from fastserve.cluster.kube_cluster import KubeCluster
 from fastserve.cluster.kube_events import tell
+from fastserve.cluster.kube_pods import Pods, PodTrouble
+from fastserve.cluster.kube_rollback import roll_back
+from fastserve.cluster.kube_tokens import read_secret
 from fastserve.cluster.local import Beat
 from fastserve.cluster.ray_jobs import Job
 from fastserve.cluster.status import status_of
 from fastserve.cluster.survey import Survey, tries_so_far
+from fastserve.errors import ClusterFailed
 from fastserve.plan.facts import LOCAL
 from fastserve.plan.moves import Done, Refuse, Wait
 from fastserve.plan.steps import ROLLED_BACK
@@ -38,6 +43,9 @@ log = logging.getLogger("fastserve.operator")
 SETTLED_SECONDS = 60.0
 """A Model that is done and serves nothing is looked at anew after so long, though nothing of it changed: an artifact
 may have been deleted."""
+
+SETTLED_AT_ONCE = 100
+"""Such Models that one look takes up again; of thousands each has its turn."""
 
 Shared = Mapping[str, Job] | Trouble
 """The head's jobs, or why they are not known."""
@@ -55,18 +63,44 @@ class Namespace:
         self._namespace = namespace
         self._cluster = cluster
         self._home = cluster.kube_home
-        self._surveys = Surveys(cluster.kube_home)
+        self._secret = partial(read_secret, api, namespace)
+        self._surveys = Surveys(cluster.kube_home, self._secret)
         self._busy = False
+        self._looked_again = 0
+        self._pods = Pods(api, namespace, time.time)
+        self._pod_troubles: Sequence[PodTrouble] | None = None
+        self._by_event: dict[str, Mapping[str, str]] = {}
+        """What was told of Models that can have no status; losing it tells it once more."""
+
         self._settled: dict[str, tuple[Any, float]] = {}
         """Versions of Models with nothing to do, and when that was seen; losing them costs one look each."""
 
     def tend(self) -> bool:
-        """One look at everything, and what follows from it. Returns whether anything is under way or served, so that
+        """One look at keys and Models, as `tend_keys` and `tend_models`."""
+        attempted(self.tend_keys)
+        return self.tend_models()
+
+    def tend_keys(self) -> bool:
+        """See to who may ask. Returns False: the next look has time. Raises ClusterFailed when the API server does not
+        answer."""
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        keys = [key for key in self._api.list(ACCESS_KEYS, self._namespace) if not _is_deleted(key)]
+        entries = [tend_key(self._api, key, now) for key in keys]
+        self._cluster.admit([entry for entry in entries if entry is not None])
+        return False
+
+    def tend_models(self) -> bool:
+        """One look at every Model, and what follows from it. Returns whether anything is under way or served, so that
         the next look is due soon. Raises ClusterFailed when the API server does not answer."""
+        if self._cluster.key_entries is None:  # what is routed stands in the same orders as who may ask
+            told = attempted(self.tend_keys)
+            if isinstance(told, Trouble) and self._cluster.key_entries is None:
+                raise ClusterFailed(told.message)
         self._busy = False
+        self._pod_troubles = None
+        self._looked_again = 0
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         models = self._home.look()
-        self._tend_keys(now)
         profiles = self._profiles()
         self._home.described = {profile.metadata.name: profile.spec for profile in profiles}
         shared = attempted(self._cluster.keep)
@@ -88,7 +122,7 @@ class Namespace:
         if self._is_settled(found):
             return None
         refusal = attempted(lambda: self._accept(found, profiles))
-        beat = attempted(lambda: self._look(name, shared))
+        beat = attempted(lambda: self._look(found, shared, now))
         self._busy |= beat is not None or refusal is None or refusal.passing
         if isinstance(beat, Beat):
             failed = attempted(lambda: self._carry_out(beat))
@@ -101,7 +135,12 @@ class Namespace:
 
     def _is_settled(self, found: Object) -> bool:
         known, at = self._settled.get(found["metadata"]["name"], (None, 0.0))
-        return known == self._versions(found) and time.monotonic() < at + SETTLED_SECONDS
+        if known != self._versions(found):
+            return False
+        if time.monotonic() < at + SETTLED_SECONDS or self._looked_again >= SETTLED_AT_ONCE:
+            return True
+        self._looked_again += 1
+        return False
 
     def _versions(self, found: Object) -> Any:
         """All that a Model without traffic depends on but the store. Its status is the operator's own writing."""
@@ -112,29 +151,44 @@ class Namespace:
     def _accept(self, found: Object, profiles: Sequence[HardwareProfile]) -> Trouble | None:
         """Make what is asked for what is wanted. Returns why it is not yet."""
         name = found["metadata"]["name"]
-        if self._home.is_accepted(found):
+        if self._home.is_accepted(found) and name not in self._home.damaged:
             return None
         there = attempted(self._cluster.there)
         known = {LOCAL, *self._home.described} if isinstance(there, Trouble) else there
         answer = self._surveys.answer(found, profiles, known)
         if isinstance(answer, Survey):
+            self._cluster.require(answer.model)
             self._cluster.hold(found)  # before anything of it runs
             pin = self._home.pin(name)
             if pin is not None and pin.reason == ROLLED_BACK and self._home.is_retried(found):
                 self._home.set_pin(name, None)  # asking again is trying again
             self._home.want(answer.model, answer.digests, tries_so_far(self._cluster.store, answer))
             self._surveys.forget(name)
+            self._cluster.ask_anew(name)
             return None
         return answer or Trouble("Surveying", "Its sources and data are being read.", True)
 
-    def _look(self, name: str, shared: Shared) -> Beat | Trouble | None:
+    def _look(self, found: Object, shared: Shared, now: str) -> Beat | Trouble | None:
+        name = found["metadata"]["name"]
+        if name in self._home.damaged:
+            why = f"what was accepted of {name} cannot be read by this version ({self._home.damaged[name]})"
+            return Trouble("StoreFailed", f"{why}; what serves stays as it is", True)
         if self._home.model(name) is None:
             return None
-        return shared if isinstance(shared, Trouble) else self._cluster.look(name, shared)
+        if isinstance(shared, Trouble):
+            return shared
+        beat = self._cluster.look(name, shared)
+        told = roll_back(self._home, found, beat)
+        if told is None:
+            return beat
+        reason = "RollbackAsked" if "revision" in told else "RollbackRefused"
+        attempted(lambda: tell(self._api, MODELS, found, reason, told["message"], now, "revision" not in told))
+        return self._cluster.look(name, shared)  # what is due follows from it
 
     def _carry_out(self, beat: Beat) -> None:
-        for move in beat.moves:
-            self._cluster.apply(beat.model, beat.observed, move)
+        with secrets_from(self._secret):
+            for move in beat.moves:
+                self._cluster.apply(beat.model, beat.observed, move)
 
     def _end(self, found: Object, shared: Shared) -> Trouble | None:
         """Let a deleted Model go when nothing of it runs. Returns what is waited for."""
@@ -158,12 +212,16 @@ class Namespace:
         moves = () if beat is None else beat.moves
         store, url = self._cluster.store, self._cluster.gateway.url
         story = None if beat is None else status_of(beat.model, beat.observed, beat.moves, store, url)
-        status = status_of_object(found, story, moves, trouble, now)
+        rollback = attempted(lambda: self._home.rollback(found["metadata"]["name"]))
+        asked = None if isinstance(rollback, Trouble) else rollback
+        status = status_of_object(found, story, moves, trouble, now, asked, self._troubles(found, story, trouble))
         before = found.get("status")
         if same(status, before):
             return
-        self._api.apply_status(MODELS, found, status)
-        ready, had = _ready(status), _ready(before or {})
+        ready, had, name = _ready(status), _ready(before or {}), found["metadata"]["name"]
+        if not self._api.apply_status(MODELS, found, status):
+            had = self._by_event.get(name, {})  # it has no status: the Event alone tells, once
+            self._by_event[name] = ready
         if (ready["reason"], ready["message"]) == (had.get("reason"), had.get("message")):
             return
         log.info("%s/%s: %s: %s", self._namespace, found["metadata"]["name"], ready["reason"], ready["message"])
@@ -172,10 +230,19 @@ class Namespace:
             warning = bad or any(isinstance(move, Refuse) for move in moves)
             tell(self._api, MODELS, found, ready["reason"], ready["message"], now, warning)
 
-    def _tend_keys(self, now: str) -> None:
-        keys = [key for key in self._api.list(ACCESS_KEYS, self._namespace) if not _is_deleted(key)]
-        entries = [tend_key(self._api, key, now) for key in keys]
-        self._cluster.key_entries = [entry for entry in entries if entry is not None]
+    def _troubles(
+        self, found: Object, story: Mapping[str, Any] | None, trouble: Trouble | None
+    ) -> Sequence[PodTrouble]:
+        """What is wrong with the pods that a Model waits for. Pods are asked for once a look, and only while some Model
+        is not ready."""
+        waits = trouble.reason == "ClusterFailed" if trouble is not None else story is not None and _waits(story)
+        if not waits:
+            return ()
+        if self._pod_troubles is None:
+            listed = attempted(self._pods.troubles)
+            self._pod_troubles = () if isinstance(listed, Trouble) else listed
+        mine = attempted(lambda: self._cluster.ray_clusters_of(found["metadata"]["name"]))
+        return [] if isinstance(mine, Trouble) else [pod for pod in self._pod_troubles if pod.cluster in mine]
 
     def _profiles(self) -> list[HardwareProfile]:
         """The cluster's HardwareProfiles; one that cannot be read is as if it were not there."""
@@ -190,6 +257,11 @@ class Namespace:
 
 def _is_deleted(found: Object) -> bool:
     return bool(found["metadata"].get("deletionTimestamp"))
+
+
+def _waits(story: Mapping[str, Any]) -> bool:
+    """Whether anything of a Model is not there yet."""
+    return story["conditions"][0]["status"] != "True" or any(item["state"] != "ready" for item in story["revisions"])
 
 
 def _ready(status: Mapping[str, object]) -> Mapping[str, str]:

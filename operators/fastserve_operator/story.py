@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from fastserve.cluster.kube_pods import PodTrouble
 from fastserve.cluster.status import current_stage
+from fastserve.plan.facts import LOCAL
 from fastserve.plan.moves import Move
 from fastserve.spec import status as schemas
 from fastserve_operator import conditions
@@ -19,24 +21,32 @@ def status_of_object(
     moves: Sequence[Move],
     trouble: Trouble | None,
     now: str,
+    rollback: Mapping[str, str] | None = None,
+    pods: Sequence[PodTrouble] = (),
 ) -> dict[str, Any]:
     """The whole status of a Model object.
 
     found: the object as it is. story: as `cluster.status.status_of` tells it; None when nothing was accepted, or
-    nothing could be seen. trouble: what is wrong with the object or with its cluster. now: RFC 3339.
+    nothing could be seen. trouble: what is wrong with the object or with its cluster. now: RFC 3339. rollback: what
+    came of the last one that was asked for by hand. pods: what is wrong with the pods of its Ray clusters.
     """
+    if trouble is not None and trouble.reason == "ClusterFailed":
+        trouble = _of_head(trouble, pods)
     if story is None:
         kept = {} if trouble is None or not trouble.passing else dict(found.get("status") or {})
         ready = conditions.of_trouble(trouble or Trouble("Waiting", "It was not looked at yet.", True), found, now)
         others = [item for item in kept.get("conditions") or () if item["type"] != "Ready"]
         kept |= {"observedGeneration": found["metadata"]["generation"], "conditions": [ready, *others]}
+        kept |= {"why": [ready["message"]], "rollback": rollback}
         return pruned(schemas.of_model(), kept)
     revisions = story["revisions"]
     serves = [item for item in revisions if item["weight"] > 0]
     value = {
         **story,
         "observedGeneration": found["metadata"]["generation"],
-        "conditions": _conditions(found, story, trouble, now),
+        "conditions": _conditions(found, story, trouble, now, pods),
+        "why": _why(story, trouble),
+        "rollback": rollback,
         "stage": current_stage(moves),
         "revision": max(serves, key=lambda item: item["weight"])["digest"][:8] if serves else None,
         "replicas": sum(item["replicas"] for item in revisions) if found["spec"].get("serve") is not None else None,
@@ -44,8 +54,24 @@ def status_of_object(
     return pruned(schemas.of_model(), value)
 
 
+def _why(story: Mapping[str, Any], trouble: Trouble | None) -> list[str]:
+    """Every reason: first what is wrong with what is asked for, then what is due with what was accepted."""
+    told = [*([] if trouble is None else [trouble.message]), *story["why"]]
+    return [conditions.in_cluster_words(because)[: conditions.MOST_CHARACTERS] for because in told]
+
+
+def _of_head(trouble: Trouble, pods: Sequence[PodTrouble]) -> Trouble:
+    """Why a head does not answer, where its pod says it."""
+    pod = next((pod for pod in pods if pod.group is None), None)
+    return trouble if pod is None else Trouble(pod.reason, f"{pod.message} ({trouble.message})", True)
+
+
 def _conditions(
-    found: Mapping[str, Any], story: Mapping[str, Any], trouble: Trouble | None, now: str
+    found: Mapping[str, Any],
+    story: Mapping[str, Any],
+    trouble: Trouble | None,
+    now: str,
+    pods: Sequence[PodTrouble],
 ) -> list[Condition]:
     told = story["conditions"][0]
     ready = (
@@ -55,7 +81,36 @@ def _conditions(
     )
     stages = conditions.of_stages(story["stages"], found, now)
     serving = [conditions.of_serving(story["revisions"], found, now)] if found["spec"].get("serve") is not None else []
-    return [ready, *stages, *serving]
+    waits = {name.capitalize(): _pod_of_stage(name, stage, found, pods) for name, stage in story["stages"].items()}
+    waits["Serve"] = _first(pods, _serves_on(found)) if story["revisions"] else None
+    parts = [conditions.lifted(item, waits.get(item["type"])) for item in (*stages, *serving)]
+    changed = [waits[part["type"]] for part, item in zip(parts, (*stages, *serving), strict=True) if part is not item]
+    return [conditions.lifted(ready, changed[0] if changed else None), *parts]
+
+
+def _pod_of_stage(
+    name: str, stage: Mapping[str, Any], found: Mapping[str, Any], pods: Sequence[PodTrouble]
+) -> PodTrouble | None:
+    """What holds up an attempt that has not got on yet, or why it was lost. Only training has workers of its own."""
+    if stage["state"] not in ("running", "lost", "failed"):
+        return None
+    gets_on = float((stage.get("progress") or {}).get("done") or 0) > 0
+    return (
+        None if stage["state"] == "running" and gets_on else _first(pods, _trains_on(found) if name == "train" else ())
+    )
+
+
+def _first(pods: Sequence[PodTrouble], profiles: Collection[str]) -> PodTrouble | None:
+    return next((pod for pod in pods if pod.concerns(profiles)), None)
+
+
+def _serves_on(found: Mapping[str, Any]) -> Collection[str]:
+    return (found["spec"].get("serve") or {}).get("profiles") or (LOCAL,)
+
+
+def _trains_on(found: Mapping[str, Any]) -> Collection[str]:
+    workers = (found["spec"].get("train") or {}).get("workers") or ()
+    return {str(worker.get("profile", LOCAL)) for worker in workers} or (LOCAL,)
 
 
 def pruned(schema: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:

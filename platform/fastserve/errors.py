@@ -7,6 +7,7 @@ FastServeError                     exit  reason
 ├── SourceInvalid                  2     a source is there but unsafe, torn or of a refused type
 ├── DatasetInvalid                 2     a row cannot be read, or nothing is left to learn from
 ├── NotExecutable                  3     the manifest is right, but this version cannot run that part yet
+│   └── PvcNotMounted              3     a pvc:// source is on a claim that the cluster's pods do not have
 ├── DoesNotFit                     3     the plan needs more than the hardware has
 │   ├── InsufficientMemory
 │   └── InsufficientHardware
@@ -22,6 +23,7 @@ FastServeError                     exit  reason
     │   ├── ArtifactNotFound
     │   ├── DigestMismatch               bytes are not what their record says
     │   └── AttemptFenced                a newer attempt owns this key, or it is already committed
+    ├── SecretMissing                    the Secret that a source names is not there, or is none of that kind
     ├── PortInUse
     ├── HomeInUse                        another `fastserve up` owns this home folder
     ├── NameConflict                     an object of the wanted name is there and not ours
@@ -118,6 +120,10 @@ class NotExecutable(FastServeError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
+class PvcNotMounted(NotExecutable):
+    """A pvc:// source is on a claim that the pods of this cluster do not have."""
+
+
 class DoesNotFit(FastServeError):
     """The plan needs more than the hardware has."""
 
@@ -182,6 +188,10 @@ class DigestMismatch(StoreFailed):
 
 class AttemptFenced(StoreFailed):
     """A newer attempt owns this key, or the key is already committed."""
+
+
+class SecretMissing(ClusterFailed):
+    """The Secret that a source's tokenSecret names is not there, or holds no token; when it comes, things go on."""
 
 
 class PortInUse(ClusterFailed):

@@ -41,8 +41,8 @@ class Fleet:
         self._told: set[str] = set()
         self._facts: dict[str, ModelFacts] = {}
 
-    def apps(self, revision: Revision, ground: Ground) -> list[dict[str, Any]]:
-        """The applications that a revision shall have now.
+    def apps(self, revision: Revision, ground: Ground, floor: int = 0) -> list[dict[str, Any]]:
+        """The applications that a revision shall have now. floor: replicas that must be up, whatever else is asked.
 
         One that cannot be made, or whose engine did not come up, stays as it is: it neither takes others with it, nor
         is it tried again and again.
@@ -55,7 +55,7 @@ class Fleet:
         failed = {name: there[name] for name in there if ground.apps[name].state == "DEPLOY_FAILED"}
         try:
             found = []
-            for bounds in self.bounds(revision, ground):
+            for bounds in self.bounds(revision, ground, floor):
                 name = app_name(revision.model, revision.digest, bounds.profile)
                 if name in failed:
                     found.append(failed[name])
@@ -69,10 +69,11 @@ class Fleet:
                 self._say(sentence)
             return list(there.values())
 
-    def bounds(self, revision: Revision, ground: Ground) -> tuple[Bounds, ...]:
+    def bounds(self, revision: Revision, ground: Ground, floor: int = 0) -> tuple[Bounds, ...]:
         """How many replicas of a revision each profile may have, and why."""
         name, serve = revision.model, self._serve(revision)
-        share = replica_bounds(serve, self._home.weights(name), revision.digest, self._home.pin(name))
+        least, most = replica_bounds(serve, self._home.weights(name), revision.digest, self._home.pin(name))
+        share = (max(least, floor), max(most, floor))
         return bounds_of(revision, serve, share, self._home.profiles(name), ground, time.time())
 
     def scaling(self, name: str, endpoint: Endpoint) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,19 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
 from fastserve.cluster.home import Home
-from fastserve.cluster.processes import clean_environment, free_port, port_is_free
+from fastserve.cluster.processes import Process, clean_environment, end_each, free_port, port_is_free
 from fastserve.errors import ClusterFailed, PortInUse
 from fastserve.gateway import config as gateway_config
 from fastserve.gateway.keys import digest, new_key
 
-START_SECONDS = 20.0
+START_SECONDS = 60.0
+"""One second is usual; the rest is for a machine that is busy."""
+
+STOP_SECONDS = 10.0
 FIRST_PORT = 8100
 STATS_SECONDS = 2.0
+SEND_SECONDS = 10.0
+"""Longest wait for a gateway to take new orders; milliseconds are usual."""
+
 ADMIN_FILE = "gateway/admin.json"
-"""Port and token of the gateway's admin door; its owner alone may read it."""
+"""Port and tokens of the gateway's admin door; its owner alone may read it."""
 
 
 class GatewayProcess:
@@ -47,18 +54,14 @@ class GatewayProcess:
 
     def alive(self) -> bool:
         """Whether the process that was started runs and is the same one."""
+        process = self._process()
+        return process is not None and process.alive
+
+    def _process(self) -> Process | None:
+        """The process that was started last. It is told apart by clock ticks after boot: a clock that is set right
+        meanwhile does not make it another one."""
         found = self._home.read_json("gateway/process.json")
-        if found is None:
-            return False
-        try:
-            process = psutil.Process(found["pid"])
-            return bool(
-                process.is_running()
-                and process.create_time() == found["created"]
-                and process.status() != psutil.STATUS_ZOMBIE
-            )
-        except psutil.NoSuchProcess:
-            return False
+        return None if found is None else Process(found["pid"], found.get("start_ticks", 0))
 
     def choose_port(self, wanted: int | None) -> int:
         """The port to listen on: the wanted one, else the one it had, else a free one.
@@ -78,9 +81,9 @@ class GatewayProcess:
         return free_port(FIRST_PORT)
 
     def configure(self, models: Mapping[str, Any], keys: tuple[gateway_config.Key, ...], port: int) -> bool:
-        """Write the configuration when it differs from what is there; the process reads it by itself. True when
-        written."""
-        admin_port, token = self._admin(port)
+        """Write the configuration when it differs from what is there, and tell a process that runs, so that what is
+        said to be ready is. One that does not answer reads it by itself. True when written."""
+        admin_port, token, orders = self._admin(port)
         wanted = gateway_config.Config(
             host="127.0.0.1",
             port=port,
@@ -88,11 +91,19 @@ class GatewayProcess:
             keys=keys,
             admin_port=admin_port,
             admin_sha256=digest(token),
+            orders_sha256=digest(orders),
         )
         if self.config_path.exists() and gateway_config.read(self.config_path) == wanted:
             return False
         gateway_config.write(self.config_path, wanted)
+        if self.alive():
+            self._send(wanted, orders)
         return True
+
+    def _send(self, wanted: gateway_config.Config, token: str) -> None:
+        url, headers = f"http://127.0.0.1:{wanted.admin_port}/orders", {"Authorization": f"Bearer {token}"}
+        with contextlib.suppress(httpx.HTTPError), httpx.Client(trust_env=False, timeout=SEND_SECONDS) as client:
+            client.put(url, json=gateway_config.to_json(wanted), headers=headers)
 
     def start(self, port: int) -> None:
         """Start the process on `port` and wait until it answers; nothing to do when it runs there already.
@@ -114,16 +125,16 @@ class GatewayProcess:
                 cwd=self._home.path,
             )
         self._started = process
-        self._home.write_json(
-            "gateway/process.json",
-            {"pid": process.pid, "created": psutil.Process(process.pid).create_time(), "port": port},
-        )
+        started = Process.of(process.pid)
+        if started is None:
+            raise ClusterFailed(f"the gateway stopped at once: {_tail(log_path)}")
+        self._home.write_json("gateway/process.json", {**started.to_json(), "port": port})
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise ClusterFailed(f"the gateway stopped at once: {_tail(log_path)}")
             try:
-                if httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=2).status_code == 200:
+                if httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=2, trust_env=False).status_code == 200:
                     return
             except httpx.TransportError:
                 time.sleep(0.05)
@@ -141,6 +152,7 @@ class GatewayProcess:
                 params={"since": repr(since)},
                 headers={"Authorization": f"Bearer {found['token']}"},
                 timeout=STATS_SECONDS,
+                trust_env=False,
             )
             if answer.status_code != 200:
                 return None
@@ -148,32 +160,29 @@ class GatewayProcess:
         except (httpx.HTTPError, ValueError):
             return None
 
-    def _admin(self, port: int) -> tuple[int, str]:
-        """Port and token of the admin door: those it had, unless another program has taken the port meanwhile."""
-        found = self._home.read_json(ADMIN_FILE)
-        if found is not None and found["port"] != port and (self.alive() or port_is_free(found["port"])):
-            return int(found["port"]), str(found["token"])
-        token = new_key() if found is None else str(found["token"])
-        admin_port = free_port(FIRST_PORT + 1, avoid=(port,))
-        self._home.write_json(ADMIN_FILE, {"port": admin_port, "token": token})
-        return admin_port, token
+    def _admin(self, port: int) -> tuple[int, str, str]:
+        """Port of the admin door, its token for figures and its token for orders: those it had, but another port when
+        another program has taken it meanwhile."""
+        found = self._home.read_json(ADMIN_FILE) or {}
+        there = int(found.get("port", port))
+        kept = there != port and (self.alive() or port_is_free(there))
+        admin_port = there if kept else free_port(FIRST_PORT + 1, avoid=(port,))
+        token, orders = (str(found.get(name) or new_key()) for name in ("token", "orders"))
+        admin = {"port": admin_port, "token": token, "orders": orders}
+        if admin != found:
+            self._home.write_json(ADMIN_FILE, admin)
+        return admin_port, token, orders
 
     def stop(self) -> None:
         """End the process, if it runs; streams get a moment to finish."""
-        if not self.alive():
+        process = self._process()
+        if process is None:
             return
-        process = psutil.Process(self._home.read_json("gateway/process.json")["pid"])
-        try:
-            process.terminate()
-            process.wait(10)
-        except psutil.TimeoutExpired:
-            process.kill()
-            process.wait(10)
-        except psutil.NoSuchProcess:
-            return
-        finally:
-            if self._started is not None:
-                self._started.poll()
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            if process.alive:
+                end_each([process], how, STOP_SECONDS)
+        if self._started is not None:
+            self._started.poll()
 
 
 def _tail(path: Path, size_bytes: int = 400) -> str:

@@ -24,14 +24,14 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastserve.errors import HomeInUse, StoreFailed, StoreFull, UsageInvalid
 from fastserve.plan.observed import Pin
@@ -41,6 +41,15 @@ from fastserve.spec.load import dump
 from fastserve.spec.model import Model
 
 DEFAULT_HOME = "~/.fastserve"
+
+LOOK_SECONDS = 2.0
+"""How long a lock that nobody signs may be held by somebody who only looks."""
+
+_KEPT_IN = ("models", "serving", "cluster", "gateway")
+"""Folders of small files."""
+
+_TORN = re.compile(r"\.(?:new|config\.json)[-.](\d+)-")
+"""Names of files that are being written, with the process that writes them."""
 
 
 class Home:
@@ -83,15 +92,29 @@ class Home:
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(value, indent=1, sort_keys=True) + "\n"
-        handle, temporary = tempfile.mkstemp(prefix=".new-", dir=target.parent)
+        with self._beside(target, text, mode) as new:
+            os.replace(new, target)
+
+    @contextmanager
+    def _beside(self, target: Path, text: str, mode: int) -> Iterator[Path]:
+        """A file with `text` in the folder of `target`, gone at the end; its name tells which process is at it."""
+        new = target.parent / f".new-{os.getpid()}-{secrets.token_hex(6)}"
         try:
-            with os.fdopen(handle, "w") as file:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(text)
-            os.chmod(temporary, mode)
-            os.replace(temporary, target)
+            os.chmod(new, mode)
+            yield new
         except OSError as error:
-            Path(temporary).unlink(missing_ok=True)
             raise StoreFull(f"no space left for {target}; make room, nothing was torn") from error
+        finally:  # after Ctrl-C as well: it comes at any line
+            new.unlink(missing_ok=True)
+
+    def clear_torn(self) -> None:
+        """Remove the half-written files of processes that were killed."""
+        for path in (*self.path.glob(".*"), *(path for name in _KEPT_IN for path in (self.path / name).rglob(".*"))):
+            owner = _TORN.match(path.name)
+            if owner is not None and not Path(f"/proc/{owner[1]}").exists():
+                path.unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
         """Take a file of the home away, if it is there."""
@@ -108,6 +131,11 @@ class Home:
         """Where artifacts are kept."""
         settings = self.read_json("settings.json") or {}
         return str(settings.get("store") or self.path / "store")
+
+    @property
+    def has_own_store(self) -> bool:
+        """Whether artifacts are kept in the home itself, where nobody else writes."""
+        return self.store_uri == str(self.path / "store")
 
     def set_store(self, uri: str) -> None:
         """Keep artifacts elsewhere from now on."""
@@ -270,15 +298,29 @@ class Home:
         """Own this home while the block runs. Raises HomeInUse when another process does."""
         self.create()
         with open(self.path / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise HomeInUse(self._who_tends()) from None
+            self._lock(lock)
             self.write_json("up.json", {"pid": os.getpid(), "detached": detached})
             try:
                 yield
             finally:
                 self.remove("up.json")
+
+    def _lock(self, lock: IO[str]) -> None:
+        """Take the lock. Whoever calls `tender` holds it for a moment, too, and that must not look like an owner."""
+        deadline = time.monotonic() + LOOK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if self._owner_lives() or time.monotonic() > deadline:
+                    raise HomeInUse(self._who_tends()) from None
+                time.sleep(0.01)
+
+    def _owner_lives(self) -> bool:
+        """Whether the process that signed as the owner is there."""
+        owner = self.read_json("up.json")
+        return owner is not None and Path(f"/proc/{owner['pid']}").exists()
 
     def tender(self) -> dict[str, Any] | None:
         """`{pid, detached}` of the process that tends this home; None when none does."""
@@ -304,13 +346,15 @@ class Home:
     def local_key(self, make: Any) -> str:
         """The key that this laptop's own commands use; made once, readable by its owner alone."""
         path = self.path / "local.key"
-        if path.exists():
-            return path.read_text().strip()
-        key = str(make())
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "w") as file:
-            file.write(key + "\n")
-        return key
+        if not path.exists():
+            with self._beside(path, f"{make()}\n", 0o600) as new:
+                try:
+                    os.link(new, path)  # of several commands at once one makes it, and none reads half a key
+                except FileExistsError:
+                    pass
+                except OSError:  # a file system without hard links
+                    os.replace(new, path)
+        return path.read_text().strip()
 
     @staticmethod
     def token() -> str:

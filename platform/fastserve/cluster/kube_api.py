@@ -5,8 +5,9 @@ Objects are plain values, as they travel. Names go into a path percent-encoded, 
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,14 +17,19 @@ import urllib3
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
-from fastserve.errors import ClusterFailed, StateChanged
+from fastserve.errors import ClusterFailed, ManifestInvalid, Problem, StateChanged
 from fastserve.spec.model import API_VERSION
 
 FIELD_MANAGER = "fastserve-operator"
+BY_HAND = "fastserve"
+"""Field manager of what a person writes with the command line."""
+
 MANAGED_BY = "app.kubernetes.io/managed-by"
 MANAGER = "fastserve"
 PAGE = 500
 ANSWER_SECONDS = 30.0
+CONNECT_SECONDS = 10.0
+ASKED_AGAIN = "it is asked again"
 
 Object = dict[str, Any]
 
@@ -53,16 +59,22 @@ ACCESS_KEYS = Resource(API_VERSION, "AccessKey", "accesskeys")
 PROFILES = Resource(API_VERSION, "HardwareProfile", "hardwareprofiles", namespaced=False)
 CONFIG_MAPS = Resource("v1", "ConfigMap", "configmaps")
 SECRETS = Resource("v1", "Secret", "secrets")
+NAMESPACES = Resource("v1", "Namespace", "namespaces", namespaced=False)
 EVENTS = Resource("v1", "Event", "events")
 LEASES = Resource("coordination.k8s.io/v1", "Lease", "leases")
 RAY_CLUSTERS = Resource("ray.io/v1", "RayCluster", "rayclusters")
+PODS = Resource("v1", "Pod", "pods")
 
 
 class KubeApi:
     """The API server that a kubeconfig or the pod's own service account leads to."""
 
-    def __init__(self, api_client: client.ApiClient) -> None:
+    def __init__(self, api_client: client.ApiClient, manager: str = FIELD_MANAGER, advice: str = ASKED_AGAIN) -> None:
+        """manager: field manager of what is written. advice: what is done about a server that does not answer."""
         self._client = api_client
+        self._manager = manager
+        self._advice = advice
+        self._acts: Callable[[], bool] = lambda: True
 
     @classmethod
     def connect(cls) -> Self:
@@ -77,6 +89,18 @@ class KubeApi:
             raise ClusterFailed(f"no Kubernetes cluster is configured ({error}); set KUBECONFIG") from error
         configuration.retries = False
         return cls(client.ApiClient(configuration))
+
+    def acting_only_while(self, acts: Callable[[], bool]) -> Self:
+        """The same API server, for a process that may change something only while `acts` says so: a leader that was
+        stopped in the middle of a look, and goes on when another one leads, must not finish it."""
+        found = copy.copy(self)
+        found._acts = acts
+        return found
+
+    def require_lead(self) -> None:
+        """Raise StateChanged when this process may change nothing any more."""
+        if not self._acts():
+            raise StateChanged("this replica does not hold the lease any more; the one that does looks for itself")
 
     def get(self, resource: Resource, namespace: str | None, name: str) -> Object | None:
         """One object; None when there is none of that name."""
@@ -100,7 +124,7 @@ class KubeApi:
         metadata = value["metadata"]
         body = {"apiVersion": resource.api_version, "kind": resource.kind, **value}
         status, answer = self._call(
-            "POST", resource.path(metadata.get("namespace")), body=body, query={"fieldManager": FIELD_MANAGER}
+            "POST", resource.path(metadata.get("namespace")), body=body, query={"fieldManager": self._manager}
         )
         return self._good(status, answer, f"create {resource.kind} {metadata.get('name', '')}")
 
@@ -114,27 +138,69 @@ class KubeApi:
             "PATCH",
             resource.path(namespace, name),
             body={**patch, "metadata": metadata},
-            query={"fieldManager": FIELD_MANAGER},
+            query={"fieldManager": self._manager},
             content="application/merge-patch+json",
         )
         if status == 404:
             raise StateChanged(f"{resource.kind} {name} is gone; the next look decides again")
         return self._good(status, answer, f"change {resource.kind} {name}")
 
-    def apply_status(self, resource: Resource, found: Mapping[str, Any], status_value: Mapping[str, Any]) -> None:
-        """Server-side apply of the whole status, with a field manager of our own. Nothing when the object is gone."""
+    def apply(self, resource: Resource, value: Mapping[str, Any], dry_run: bool = False) -> Object:
+        """Server-side apply of a whole object, defaults filled in. dry_run: only say what would come of it.
+
+        Raises StateChanged when another manager has written a key otherwise, ManifestInvalid when the server refuses
+        the object.
+        """
+        metadata = value["metadata"]
+        body = {"apiVersion": resource.api_version, "kind": resource.kind, **value}
+        status, answer = self._call(
+            "PATCH",
+            resource.path(metadata.get("namespace"), metadata["name"]),
+            body=body,
+            query={
+                "fieldManager": self._manager,
+                "fieldValidation": "Strict",
+                **({"dryRun": "All"} if dry_run else {}),
+            },
+            content="application/apply-patch+yaml",
+        )
+        what = f"{resource.kind} {metadata['name']}"
+        if status in (400, 422):
+            told = answer.get("message", "").removeprefix(f"{resource.kind}.{resource.api_version.split('/')[0]} ")
+            raise ManifestInvalid([Problem("", f"{what} is refused by the API server: {told}")])
+        return self._good(status, answer, f"apply {what}")
+
+    def delete(self, resource: Resource, namespace: str | None, name: str) -> bool:
+        """Delete an object; its finalizers may hold it for a while. False when there is none."""
+        status, answer = self._call("DELETE", resource.path(namespace, name), query={"propagationPolicy": "Background"})
+        if status == 404:
+            return False
+        self._good(status, answer, f"delete {resource.kind} {name}")
+        return True
+
+    def apply_status(self, resource: Resource, found: Mapping[str, Any], status_value: Mapping[str, Any]) -> bool:
+        """Server-side apply of the whole status, with a field manager of our own. Nothing when the object is gone.
+
+        False when the server takes no status for the object as it is stored: it broke the rules of a definition that
+        came later.
+        """
         metadata = found["metadata"]
         kept = {key: metadata[key] for key in ("name", "namespace", "uid") if key in metadata}
         body = {"apiVersion": resource.api_version, "kind": resource.kind, "metadata": kept, "status": status_value}
-        status, answer = self._call(
-            "PATCH",
-            resource.path(metadata.get("namespace"), metadata["name"]) + "/status",
-            body=body,
-            query={"fieldManager": FIELD_MANAGER, "force": "true"},
-            content="application/apply-patch+yaml",
-        )
+        path = resource.path(metadata.get("namespace"), metadata["name"]) + "/status"
+        query = {"fieldManager": self._manager, "force": "true"}
+        status, answer = self._call("PATCH", path, body=body, query=query, content="application/apply-patch+yaml")
+        if status == 500 and "typed" in answer.get("message", ""):
+            # Stored when the definition was another one: such an object can be merged with, not applied to.
+            gone = dict.fromkeys((found.get("status") or {}).keys() - status_value.keys())
+            body = {"metadata": {"uid": metadata["uid"]}, "status": {**gone, **status_value}}
+            query = {"fieldManager": self._manager}
+            status, answer = self._call("PATCH", path, body=body, query=query, content="application/merge-patch+json")
+            if status == 422:
+                return False
         if status != 404:
             self._good(status, answer, f"write the status of {resource.kind} {metadata['name']}")
+        return True
 
     def _call(
         self,
@@ -143,6 +209,13 @@ class KubeApi:
         body: Mapping[str, Any] | None = None,
         query: Mapping[str, Any] | None = None,
         content: str = "application/json",
+    ) -> tuple[int, Object]:
+        if method != "GET":
+            self.require_lead()
+        return self._send(method, path, body, query, content)
+
+    def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | None, query: Mapping[str, Any] | None, content: str
     ) -> tuple[int, Object]:
         headers = {"Accept": "application/json", "Content-Type": content}
         asked = self._client.param_serialize(
@@ -153,10 +226,10 @@ class KubeApi:
             auth_settings=["BearerToken"],
         )
         try:
-            response = self._client.call_api(*asked, _request_timeout=ANSWER_SECONDS)
+            response = self._client.call_api(*asked, _request_timeout=(CONNECT_SECONDS, ANSWER_SECONDS))
             raw = response.read()  # type: ignore[no-untyped-call]
         except (urllib3.exceptions.HTTPError, ApiException, OSError) as error:
-            raise ClusterFailed(f"the Kubernetes API server does not answer ({error}); it is asked again") from error
+            raise ClusterFailed(f"the Kubernetes API server does not answer ({error}); {self._advice}") from error
         try:
             return response.status, json.loads(raw)
         except ValueError:
@@ -165,9 +238,19 @@ class KubeApi:
     def _good(self, status: int, answer: Object, what: str) -> Object:
         if status == 409:
             raise StateChanged(f"could not {what}: {answer.get('message', 'conflict')}; the next look decides again")
+        if status in (401, 403):
+            raise ClusterFailed(_refused(status, answer, what))
         if not 200 <= status < 300:
             raise ClusterFailed(f"the Kubernetes API server would not {what} ({status}: {answer.get('message', '')})")
         return answer
+
+
+def _refused(status: int, answer: Object, what: str) -> str:
+    """Who may not do what, in the server's own words, which name the verb and the resource."""
+    said = answer.get("message") or "it gives no reason"
+    if status == 401:
+        return f"the Kubernetes API server does not know you, so you may not {what} (401: {said}); sign in again"
+    return f"you may not {what} (403: {said}); ask for a Role with that verb on that resource"
 
 
 def owner_reference(resource: Resource, owner: Mapping[str, Any]) -> Object:

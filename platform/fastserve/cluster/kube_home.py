@@ -16,6 +16,7 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from fastserve.cluster.kube_api import (
     owner_reference,
 )
 from fastserve.errors import NameConflict, StateChanged, StoreFailed
+from fastserve.plan.observed import Pin
+from fastserve.plan.revision import Revision
 from fastserve.spec.hardware import HardwareProfileSpec
 from fastserve.spec.load import dump
 from fastserve.spec.model import Model
@@ -39,6 +42,7 @@ RETRY = "fastserve.dev/retry"
 """Annotation of a Model; a new value asks again for stages that have failed."""
 
 ACCEPTED = "accepted.json"
+ROLLBACK_FILE = "rollback.json"
 SLASH = "__"
 
 
@@ -54,6 +58,11 @@ class KubeHome(Home):
         self._models: dict[str, Object] = {}
         self._states: dict[str, Object] = {}
         self._read_ones: dict[str, tuple[str, Model]] = {}
+        self._up: dict[str, tuple[Revision, float]] | None = None
+        self.damaged: dict[str, str] = {}
+        """Models of which something that is kept cannot be read by this version, and why. What is served of them stays
+        as it is, and the Model object is surveyed anew."""
+
         self.described: dict[str, HardwareProfileSpec] = {}
         """The cluster's HardwareProfiles, as they are now."""
 
@@ -63,18 +72,25 @@ class KubeHome(Home):
         found = self._api.list(MODELS, self.namespace) if models is None else models
         self._models = {item["metadata"]["name"]: item for item in found}
         states = self._api.list(CONFIG_MAPS, self.namespace, labels=f"{MANAGED_BY}={MANAGER},fastserve.dev/model")
-        self._states = {}
+        self._states, self._up = {}, None
+        self.damaged = {}
         for state in states:
             model = state["metadata"]["labels"]["fastserve.dev/model"]
             owner = self._models.get(model)
             if owner is not None and is_ours(state, owner["metadata"]["uid"]):
                 self._states[model] = state
+        for name in self._states:
+            self.model(name)
         return list(found)
 
     @property
     def store_uri(self) -> str:
         """Where artifacts are kept: what the operator was started with."""
         return self._store_uri
+
+    def object_of(self, name: str) -> Object:
+        """The Model object, as the last look saw it."""
+        return self._models[name]
 
     def profiles(self, name: str) -> dict[str, HardwareProfileSpec]:
         """The cluster's HardwareProfiles: a model is not applied with some of its own."""
@@ -83,15 +99,60 @@ class KubeHome(Home):
     # -- what was accepted -----------------------------------------------------------------------------------------
 
     def model(self, name: str) -> Model | None:
-        """What is wanted of a model; None when nothing is. The same text is read once."""
+        """What is wanted of a model; None when nothing is, or nothing that this version can read. The same text is read
+        once."""
         text = self._text_of(name, "model.json")
         if text is None:
             return None
         known = self._read_ones.get(name)
         if known is None or known[0] != text:
-            known = (text, Model.model_validate(self._read(name, "model.json")))
+            try:
+                known = (text, Model.model_validate(self._read(name, "model.json")))
+            except (ValueError, StoreFailed) as error:  # written by another version, or by hand
+                self._read_ones.pop(name, None)
+                self.damaged[name] = str(error)
+                return None
             self._read_ones[name] = known
+        self.damaged.pop(name, None)
         return known[1]
+
+    def model_names(self) -> list[str]:
+        """Models that are wanted now."""
+        return sorted(name for name, state in self._states.items() if "model.json" in (state.get("data") or {}))
+
+    def ended(self, name: str) -> Model | None:
+        """What was wanted last of a model that is wanted no longer; None when it is wanted, never was, or was wanted in
+        words that this version cannot read."""
+        try:
+            return super().ended(name)
+        except (ValueError, StoreFailed):
+            return None
+
+    # -- what the serving cluster must have ------------------------------------------------------------------------
+
+    def serving(self) -> dict[str, Revision]:
+        """Revisions that must be up, by name. They are read once a look, however many models ask."""
+        return {name: revision for name, (revision, _) in self._served().items()}
+
+    def serving_since(self) -> dict[str, float]:
+        """Unix seconds at which each revision was asked to be up, by its name."""
+        return {name: since for name, (_, since) in self._served().items()}
+
+    def _served(self) -> dict[str, tuple[Revision, float]]:
+        if self._up is None:
+            self._up = {}
+            for model, state in self._states.items():
+                for key in state.get("data") or {}:
+                    if not key.startswith(f"serving{SLASH}"):
+                        continue
+                    try:
+                        value = self._read(model, key)
+                        revision = (Revision.from_json(value), float(value.get("since") or 0.0))
+                    except (ValueError, KeyError, TypeError, AttributeError, StoreFailed) as error:
+                        self.damaged[model] = f"{key}: {error}"
+                        continue
+                    self._up[key.removeprefix(f"serving{SLASH}").removesuffix(".json")] = revision
+        return self._up
 
     def version(self, name: str) -> str:
         """Changes whenever anything that is kept of a model does."""
@@ -119,6 +180,21 @@ class KubeHome(Home):
                 ACCEPTED: asking(self._models[model.name]),
             },
         )
+
+    # -- a rollback that was asked for -----------------------------------------------------------------------------
+
+    def rollback(self, name: str) -> dict[str, str] | None:
+        """What came of the last rollback that somebody asked for; None when nobody has."""
+        value = self.read_json(f"models/{name}/{ROLLBACK_FILE}")
+        return None if value is None else dict(value)
+
+    def set_rollback(self, name: str, told: Mapping[str, str], pin: Pin | None) -> None:
+        """Roll back, or end a rollback, and note that this was asked for, in one write."""
+        self._write(name, {"pin.json": None if pin is None else asdict(pin), ROLLBACK_FILE: dict(told)})
+
+    def refuse_rollback(self, name: str, told: Mapping[str, str]) -> None:
+        """Note that a rollback was asked for that cannot be; what holds stays."""
+        self._write(name, {ROLLBACK_FILE: dict(told)})
 
     # -- small files -----------------------------------------------------------------------------------------------
 
@@ -158,7 +234,10 @@ class KubeHome(Home):
         """Names that fit a pattern; `*` stands for anything but a slash."""
         if not pattern.startswith(("models/", "serving/")):
             return super().listed(pattern)
-        names = [name for model, state in self._states.items() for name in _names(model, state)]
+        _, model, *_ = pattern.split("/")
+        named = pattern.startswith("models/") and "*" not in model  # then one ConfigMap alone can have them
+        states = {model: self._states.get(model) or {}} if named else self._states
+        names = [name for model, state in states.items() for name in _names(model, state)]
         return sorted(
             name for name in names if name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
         )
@@ -182,6 +261,8 @@ class KubeHome(Home):
             raise StoreFailed(f"{where}: {key} is damaged ({error}); remove that key") from error
 
     def _write(self, model: str, values: Mapping[str, Any]) -> None:
+        if any(key.startswith(f"serving{SLASH}") for key in values):
+            self._up = None
         state = self._states.get(model)
         if state is None:
             self._states[model] = self._create(

@@ -81,14 +81,14 @@ def _places(model: str, digest: str, apps: Mapping[str, AppStatus], profiles: li
     for name, app in apps.items():
         profile = place_of(name, model, digest)
         if profile is not None:
-            found.append(Place(profile, _app_state(app), app.replicas, app.wanted, app.message))
+            found.append(Place(profile, app_state(app), app.replicas, app.wanted, app.message))
     order = {profile: at for at, profile in enumerate(profiles)}
     return tuple(sorted(found, key=lambda place: (order.get(place.profile, len(order)), place.profile)))
 
 
-def _app_state(app: AppStatus) -> RevisionState:
-    """A light change makes an application DEPLOYING for a moment, and a lost replica UNHEALTHY: it answers as long as
-    replicas run, and also at rest with none."""
+def app_state(app: AppStatus) -> RevisionState:
+    """How an application stands. A light change makes one DEPLOYING for a moment, and a lost replica UNHEALTHY: it
+    answers as long as replicas run, and also at rest with none."""
     if app.state == "DELETING":
         return RevisionState.STOPPING
     if app.state == "DEPLOY_FAILED":

@@ -16,21 +16,21 @@ from fastserve.artifacts import attempts
 from fastserve.artifacts.store import Store
 from fastserve.artifacts.stores import open_store
 from fastserve.cluster.access import gateway_keys
-from fastserve.cluster.adapters import carriers
 from fastserve.cluster.direct import engine_urls
 from fastserve.cluster.fleet import Fleet, ground_of
 from fastserve.cluster.gateway_process import GatewayProcess
 from fastserve.cluster.home import Home
-from fastserve.cluster.observe import observe, submission_id
+from fastserve.cluster.observe import Find, observe, submission_id
 from fastserve.cluster.parts import Gateway, Head
 from fastserve.cluster.placements import needs_of, targets_of
 from fastserve.cluster.processes import kill_home
 from fastserve.cluster.ray_head import RayHead
 from fastserve.cluster.ray_jobs import Job, Jobs, JobState
 from fastserve.cluster.ray_serve import AppStatus, ServeApi, beginning, place_of, revision_name
+from fastserve.cluster.routing import routes_of
 from fastserve.cluster.sharing import share_machines
 from fastserve.cluster.survey import resolve_source
-from fastserve.errors import UsageInvalid
+from fastserve.errors import FastServeError, UsageInvalid
 from fastserve.gateway import config as gateway_config
 from fastserve.plan import keys
 from fastserve.plan.adapters import adapter_keys
@@ -82,7 +82,10 @@ class LocalCluster:
         self.gateway: Gateway = gateway or GatewayProcess(home)
         self._port = port
         self._say = say
-        self._last_put: Any = None
+        self._last_put: dict[str, Any] = {}
+        """What was put last, by the head's address."""
+
+        self._find: Find = attempts.find
         self.fleet = Fleet(home, self.store, say)
 
     # -- one look ------------------------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ class LocalCluster:
                 f"no model named {name} is up in {self.home.path} (up: {known}); run `fastserve up FILE` first"
             )
         jobs = self.jobs() if jobs is None else jobs
-        observed = observe(self.home, self.store, model, jobs, self.apps(), stats=self._stats(name))
+        observed = observe(self.home, self.store, model, jobs, self.apps(), stats=self._stats(name), find=self._find)
         return Beat(model, observed, tuple(next_moves(model, observed, time.time())))
 
     def look_back(self, name: str) -> Beat | None:
@@ -122,6 +125,14 @@ class LocalCluster:
         """What the gateway has counted since the model's traffic was last shared out anew."""
         shifted_at = self.home.shifted_at(name) if self.home.weights(name) else None
         return None if shifted_at is None else self.gateway.stats(shifted_at)
+
+    def heads(self) -> Sequence[Head]:
+        """Every head that something of ours may run at; a home has one."""
+        return (self.head,)
+
+    def head_of(self, name: str) -> Head:
+        """The head at which what a model needs next is started."""
+        return self.head
 
     def jobs(self) -> Mapping[str, Job]:
         """The Ray head's jobs by submission id; empty when no head runs."""
@@ -142,6 +153,9 @@ class LocalCluster:
             if those and those <= failed:
                 self.home.stop_serving(name)
         self._keep_serving(without=failed)
+
+    def require_lead(self) -> None:
+        """Raise StateChanged when another process decides by now. A home's lock sees to it that there is no other."""
 
     # -- carrying out ------------------------------------------------------------------------------------------------
 
@@ -178,8 +192,9 @@ class LocalCluster:
 
     def _run_stage(self, move: RunStage) -> None:
         self._say(move.because)
-        endpoint = self.head.start()
         request = move.request
+        endpoint = self.head_of(request.model).start()
+        self.require_lead()
         if request.attempt > 1:  # what the one before left is of no use to anybody; its checkpoints stay
             attempts.discard(self.store, request.stage, request.key, request.attempt - 1)
         attempts.claim(self.store, request)
@@ -187,43 +202,61 @@ class LocalCluster:
             endpoint.python, "-m", "fastserve.stages.entry", "--store", self.home.store_uri,
             "--stage", request.stage.value, "--key", request.key, "--attempt", str(request.attempt),
         ]  # fmt: skip
+        self.require_lead()
         Jobs(endpoint.dashboard_url, endpoint.token).submit(
             submission_id(request.model, request.stage, request.key, request.attempt), shlex.join(entrypoint), env={}
         )
 
     def _stop_attempt(self, model: Model, move: StopAttempt) -> None:
-        endpoint = self.head.load()
-        if endpoint is None:
-            return
-        self._say(move.because)
-        api = Jobs(endpoint.dashboard_url, endpoint.token)
-        for name, job in api.all().items():
-            ours = name.startswith(f"{model.name}-") and name.endswith(f"-{move.key[:12]}-{move.attempt}")
-            if ours and job.state not in JOB_ENDED:
-                api.stop(name)
+        endpoints = [endpoint for head in self.heads() if (endpoint := head.load()) is not None]
+        if endpoints:
+            self._say(move.because)
+        for endpoint in endpoints:
+            api = Jobs(endpoint.dashboard_url, endpoint.token)
+            for name, job in api.all().items():
+                ours = name.startswith(f"{model.name}-") and name.endswith(f"-{move.key[:12]}-{move.attempt}")
+                if ours and job.state not in JOB_ENDED:
+                    self.require_lead()
+                    api.stop(name)
 
     def _keep_serving(self, without: Collection[str] = ()) -> None:
         """Make the serving cluster have exactly the wanted applications, with the light settings as the manifests say
         now. without: names of applications that are left out this time."""
-        wanted = self._wanted_revisions()
-        endpoint = self.head.start() if wanted else self.head.load()
+        self._serve_at(self.head, self._wanted_revisions(), without)
+
+    def _serve_at(
+        self,
+        head: Head,
+        wanted: Mapping[str, Revision],
+        without: Collection[str] = (),
+        least: Mapping[str, int] | None = None,
+    ) -> None:
+        """Make one head serve exactly these revisions. least: replicas of some of them that must be up, by name."""
+        endpoint = head.start() if wanted else head.load()
         if endpoint is None:
             return
         api = ServeApi(endpoint.dashboard_url, endpoint.token)
         have = api.get()
         if wanted or have:
             ground = ground_of(endpoint, api, have)
-            apps = [app for revision in wanted.values() for app in self.fleet.apps(revision, ground)]
+            floors = least or {}
+            apps = [app for key, item in wanted.items() for app in self.fleet.apps(item, ground, floors.get(key, 0))]
             apps = [app for app in apps if app["name"] not in without]
             names = {app["name"] for app in apps}
-            config = (endpoint.dashboard_url, apps)
-            if config != self._last_put or not names <= set(have):
-                self.keep_gateway({name: have[name] for name in names if name in have})
+            # What nobody wants was put by one who thought that he still decides.
+            foreign = any(name not in names and status.state != "DELETING" for name, status in have.items())
+            if foreign or apps != self._last_put.get(endpoint.dashboard_url) or not names <= set(have):
+                self._route(head, {name: have[name] for name in names if name in have})
                 put = [app if app["name"] in have else beginning(app) for app in apps]
+                self.require_lead()
                 api.put(put, endpoint.serve_port, endpoint.serve_host)
-                self._last_put = config
+                self._last_put[endpoint.dashboard_url] = apps
         if wanted:
-            self.keep_gateway({name: have[name] for name in names if name in have})
+            self._route(head, {name: have[name] for name in names if name in have})
+
+    def _route(self, head: Head, apps: Mapping[str, AppStatus]) -> None:
+        """Let the gateway go to these applications of a head, and to no others of it."""
+        self.keep_gateway(apps)
 
     def _wanted_revisions(self) -> dict[str, Revision]:
         """Revisions that must be up, by name; those of a model that nobody wants any more are let go."""
@@ -250,7 +283,7 @@ class LocalCluster:
 
     def scaling(self, name: str) -> list[dict[str, Any]]:
         """For the status: the places of a model's revisions, as `Fleet.scaling` tells them; empty when no head runs."""
-        endpoint = self.head.load()
+        endpoint = self.head_of(name).load()
         return [] if endpoint is None else self.fleet.scaling(name, endpoint)
 
     def keep_gateway(self, apps: Mapping[str, AppStatus] | None = None) -> None:
@@ -258,43 +291,34 @@ class LocalCluster:
 
         apps: the applications to route to, by name; those that Serve has when left out.
         """
-        endpoint = self.head.load()
-        if apps is None:
-            apps = self.apps()
-        engines = {} if endpoint is None else engine_urls(endpoint.temp_dir)
-        models: dict[str, gateway_config.Served] = {}
-        for name in self.home.model_names():
-            model = self.home.model(name)
-            if model is None or model.spec.serve is None:
-                continue
-            serve = model.spec.serve
-            revisions = tuple(
-                gateway_config.Revision(
-                    digest,
-                    weight,
-                    ()
-                    if endpoint is None
-                    else targets_of(name, digest, serve.profiles, apps, endpoint.serve_url, engines),
-                )
-                for digest, weight in sorted(self.home.weights(name).items())
-                if weight > 0
-            )
-            created = self.home.created(name)
-            models[name] = gateway_config.Served(serve.task, created, revisions)
-            for adapter, able in self._carriers(model).items():
-                carrying = tuple(revision for revision in revisions if revision.digest in able)
-                models[adapter] = gateway_config.Served(serve.task, created, carrying, parent=name)
+        models = self._routes(self.apps() if apps is None else apps)
         if not models:
             return
         port = self.gateway.choose_port(self._port)
         self.gateway.configure(models, self.keys(), port)
         self.gateway.start(port)
 
-    def _carriers(self, model: Model) -> Mapping[str, Collection[str]]:
-        """Digests of the revisions that can serve each adapter, by its name."""
-        if model.spec.serve is None or not model.spec.serve.adapters:
-            return {}
-        return carriers(self.store, model, self.home.resolved(model.name), self.home.revisions(model.name))
+    def _routes(self, apps: Mapping[str, AppStatus]) -> dict[str, gateway_config.Served]:
+        """The gateway's orders for every model that is to be served, and for its adapters."""
+        return routes_of(
+            self.home,
+            self.store,
+            lambda name, digest, profiles: self._targets(name, digest, profiles, apps),
+            self._unroutable,
+        )
+
+    def _unroutable(self, name: str, error: FastServeError) -> None:
+        """Said of a model whose orders cannot be found out."""
+        raise error
+
+    def _targets(
+        self, name: str, digest: str, profiles: Sequence[str], apps: Mapping[str, AppStatus]
+    ) -> tuple[gateway_config.Target, ...]:
+        """Where a revision answers."""
+        endpoint = self.head.load()
+        if endpoint is None:
+            return ()
+        return targets_of(name, digest, profiles, apps, endpoint.serve_url, engine_urls(endpoint.temp_dir))
 
     def keys(self) -> tuple[gateway_config.Key, ...]:
         """Who may ask, as the gateway needs it."""
@@ -346,6 +370,9 @@ class LocalCluster:
             self.home.set_weights(name, {})
         for app in self.home.serving():
             self.home.stop_serving(app)
+        self.home.clear_torn()
+        if self.home.has_own_store:
+            self.store.sweep("artifacts/", 0.0)  # whoever wrote to it has just been ended
 
     def discard_torn(self, name: str) -> None:
         """Remove the files of attempts that were cut off; their checkpoints stay, so the next attempt goes on from

@@ -4,10 +4,11 @@ model."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastserve.artifacts import attempts
+from fastserve.artifacts.record import Record
 from fastserve.artifacts.store import Store
 from fastserve.cluster.home import Home
 from fastserve.cluster.live import live_revisions, oldest_replica, windows_of
@@ -18,6 +19,9 @@ from fastserve.plan.adapters import adapter_keys
 from fastserve.plan.observed import Attempt, AttemptState, Committed, Observed
 from fastserve.plan.stages import Stage
 from fastserve.spec.model import Model
+
+Find = Callable[[Store, Stage, str], Record | None]
+"""From a store, a stage and a key to the record of the artifact; None when there is none."""
 
 
 def submission_id(model: str, stage: Stage, key: str, attempt: int) -> str:
@@ -33,6 +37,7 @@ def observe(
     apps: Mapping[str, AppStatus],
     digests: Mapping[str, str] | None = None,
     stats: Mapping[str, Any] | None = None,
+    find: Find = attempts.find,
 ) -> Observed:
     """A snapshot of all that concerns one model.
 
@@ -40,6 +45,7 @@ def observe(
     apps: the serving applications by name.
     digests: of the outside sources; by default those of the last `up`.
     stats: what the gateway has counted since the last shift of this model's traffic; None when it does not tell.
+    find: looks for a committed artifact.
     """
     digests = home.resolved(model.name) if digests is None else digests
     stage_keys = keys.stage_keys(model, digests)
@@ -47,7 +53,7 @@ def observe(
     tried: dict[str, Attempt] = {}
     imports = [(Stage.SOURCE, key) for key in adapter_keys(model, digests).values()]
     for stage, key in [*stage_keys.items(), *imports]:
-        record = attempts.find(store, stage, key)
+        record = find(store, stage, key)
         if record is not None:
             committed[key] = Committed(stage, key, record.digest, record.size_bytes, record.metrics)
             continue

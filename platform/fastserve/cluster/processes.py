@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import re
 import select
 import signal
 import socket
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastserve.errors import ClusterFailed, PortInUse
+from fastserve.plan.environment import passed, service_links
 
 HOME_VARIABLE = "FASTSERVE_HOME_ID"
 """Carries the home's id (`Home.id`) in every process of that home."""
@@ -37,7 +37,6 @@ _KEPT_NAMES = """
 """
 _KEPT = frozenset(_KEPT_NAMES.split())
 _KEPT_FAMILIES = ("LC_", "XDG_", "AWS_", "HF_", "NVIDIA_", "FASTSERVE_")
-_NEVER = re.compile(r"[a-z0-9+.-]*tcp://", re.IGNORECASE)
 
 # Below the range from which the kernel takes ports for outgoing connections (32768 and above), so that a port found
 # free here is not taken by a passing connection before its server binds it.
@@ -106,12 +105,14 @@ def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
 
     What a shell or a cluster happens to carry (VLLM_PORT=tcp://10.0.0.1:80 of a Service named vllm, RAY_ADDRESS of
     another Ray, PYTHONDONTWRITEBYTECODE) changes how Ray and vLLM start, so none of it goes in. Credentials of stores
-    and hubs do.
+    and hubs do, and what FASTSERVE_ENGINE_VARIABLES names.
     """
+    kept_names = _KEPT | passed(os.environ)
+    links = service_links(os.environ)
     kept = {
         name: value
         for name, value in os.environ.items()
-        if (name in _KEPT or name.startswith(_KEPT_FAMILIES)) and not _NEVER.match(value)
+        if (name in kept_names or name.startswith(_KEPT_FAMILIES)) and name not in links
     }
     local = f"{LOOPBACK},localhost"
     for name in ("NO_PROXY", "no_proxy"):

@@ -174,8 +174,15 @@ class RayHead:
         if saved:
             shutil.rmtree(saved["temp_dir"], ignore_errors=True)
             self._home.remove("cluster/ray.json")
+        for left in Path("/tmp").glob(f"{self._prefix}*"):  # of a command that was killed before it noted the folder
+            shutil.rmtree(left, ignore_errors=True)
 
     # -- starting --------------------------------------------------------------------------------------------------
+
+    @property
+    def _prefix(self) -> str:
+        """How the names of this home's scratch folders begin."""
+        return f"fastserve-{self._home.id[:8]}-"
 
     @property
     def _log_path(self) -> Path:
@@ -192,7 +199,7 @@ class RayHead:
         names = ("gcs", "dashboard", "agent_http", "agent_grpc", "metrics", "dashboard_metrics", "serve")
         ports = dict(zip(names, free_ports(len(names)), strict=True))
         # Ray makes unix sockets deep below this folder, and their whole path may have 107 characters.
-        temp_dir = Path(tempfile.mkdtemp(prefix=f"fastserve-{self._home.id[:8]}-", dir="/tmp"))
+        temp_dir = Path(tempfile.mkdtemp(prefix=self._prefix, dir="/tmp"))
         saved: dict[str, Any] = {"ports": ports, "temp_dir": str(temp_dir), "main": None, "pids": []}
         self._home.write_json("cluster/ray.json", saved)
         with open(self._log_path, "ab") as log:

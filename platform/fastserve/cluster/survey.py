@@ -14,6 +14,7 @@ from typing import Any
 
 from fastserve.artifacts import attempts, describe, sources
 from fastserve.artifacts.adapter import read_adapter
+from fastserve.artifacts.claims import mounted_claims
 from fastserve.artifacts.resolved import Resolved
 from fastserve.artifacts.store import Store
 from fastserve.artifacts.stores import open_store
@@ -36,6 +37,7 @@ from fastserve.plan.facts import LOCAL, DatasetFacts, Hardware, ModelFacts
 from fastserve.plan.keys import Role, ident_of, outside
 from fastserve.plan.lora import AdapterFacts, rank_limit
 from fastserve.plan.memory import ByteTable, compressed_bytes, fits, replica_memory_bytes, serving_memory
+from fastserve.plan.observed import Committed
 from fastserve.plan.revision import Revision
 from fastserve.plan.sheet import AdapterLine, DatasetLine, Sheet, stage_lines
 from fastserve.plan.stages import Stage
@@ -69,16 +71,18 @@ def survey(
     profiles: Sequence[HardwareProfile] = (),
     access_keys: Sequence[AccessKey] = (),
     cluster: Collection[str] = (LOCAL,),
+    made: Mapping[str, Committed] | None = None,
 ) -> Survey:
     """Resolve, read and check everything that a Model names.
 
-    cluster: names of the profiles that there are machines of (`machines_here` finds those of a home).
+    cluster: names of the profiles that there are machines of (`machines_here` finds those of a home). made: artifacts
+    by key that are known to be in a store that cannot be read from here.
 
     Raises NotExecutable, SourceNotFound, SourceInvalid, DatasetInvalid, InsufficientMemory: the first that is wrong,
     each with what to do. Nothing is changed but the home's cache.
     """
     hardware = local_hardware()
-    executable.check(model, profiles, cluster, local=hardware)
+    executable.check(model, profiles, cluster, local=hardware, claims=mounted_claims())
     for key in access_keys:
         executable.check_access_key(key)
     resolved = {item.ident: resolve_source(home, item.source, item.role) for item in outside(model)}
@@ -90,6 +94,7 @@ def survey(
     digests = {ident: found.digest for ident, found in resolved.items()}
     store = open_store(store_uri)
     observed = observe(home, store, model, {}, {}, digests=digests)
+    observed = replace(observed, committed={**observed.committed, **(made or {})})
     cached = {item.stage for item in observed.committed.values()}
     rows = next((line.facts for line in datasets if line.role == "train.dataset"), None)
     training = _training(model, facts, hardware, profiles, rows)

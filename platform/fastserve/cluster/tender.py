@@ -24,6 +24,10 @@ from fastserve.cluster.processes import clean_environment
 from fastserve.errors import ClusterFailed, FastServeError
 
 BEAT_SECONDS = 2.0
+
+START_SECONDS = 60.0
+"""One second is usual; the rest is for a machine that is busy."""
+
 log = logging.getLogger("fastserve.tender")
 
 
@@ -69,7 +73,7 @@ def spawn(home: Home) -> int:
             start_new_session=True,
             cwd=home.path,
         )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         owner = home.tender()
         if owner is not None and owner["pid"] == process.pid:

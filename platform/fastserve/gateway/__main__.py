@@ -8,9 +8,11 @@ import contextlib
 import errno
 import json
 import logging
+import re
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,6 +24,9 @@ from fastserve.gateway.app import Gateway
 from fastserve.gateway.config import Config, read
 
 LOOK_SECONDS = 0.3
+WAITING = Config(host="0.0.0.0", port=8100, admin_port=8101)
+"""Where a gateway listens whose config is still to come: as on a cluster, in a pod's own network."""
+
 log = logging.getLogger("fastserve.gateway")
 
 
@@ -47,27 +52,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--config", type=Path, required=True, metavar="FILE", help="JSON file, read again when it changes"
     )
+    parser.add_argument(
+        "--orders-sha256",
+        type=Path,
+        metavar="FILE",
+        help="file with the SHA-256 of the token for orders: with it, a config that is not there yet is waited for "
+        f"(on {WAITING.host}, ports {WAITING.port} and {WAITING.admin_port}), or comes over the admin port",
+    )
     options = parser.parse_args(arguments)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
-        uvloop.run(serve(options.config))
+        uvloop.run(serve(options.config, options.orders_sha256))
     except FastServeError as error:
         log.error("%s", error)
         return error.exit_code
     return 0
 
 
-async def serve(path: Path) -> None:
-    """Run the gateway with the config in `path` until a signal. Raises PortInUse, ClusterFailed, UsageInvalid."""
+async def serve(path: Path, orders_sha256: Path | None = None) -> None:
+    """Run the gateway with the config in `path` until a signal. Raises PortInUse, ClusterFailed, UsageInvalid.
+
+    orders_sha256: file with the SHA-256 of the token for orders; with it, the config may come later.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
     seen = _stamp(path)
-    config = read(path)
-    gateway = Gateway(config)
+    waits = seen is None and orders_sha256 is not None
+    config = waiting(orders_sha256) if orders_sha256 is not None and waits else read(path)
+    gateway = Gateway(config, waits=waits)
     runner = web.ServerRunner(gateway.server)
     admin = web.ServerRunner(gateway.admin.server)
     await runner.setup()
@@ -91,6 +107,16 @@ async def serve(path: Path) -> None:
     log.info("stopped")
 
 
+def waiting(orders_sha256: Path) -> Config:
+    """What a gateway begins with whose orders are still to come: nobody may ask, and nothing is routed."""
+    with contextlib.suppress(OSError, UnicodeError):
+        found = orders_sha256.read_text(encoding="utf-8").strip()
+        if re.fullmatch("[0-9a-f]{64}", found):
+            return replace(WAITING, orders_sha256=found)
+        log.error("%s holds no SHA-256 of 64 hex digits; orders are waited for in the file alone", orders_sha256)
+    return WAITING
+
+
 async def watch(gateway: Gateway, path: Path, seen: object) -> None:
     """Look at the config file for ever; take it when it has changed and is right, else keep the old one and say so."""
     while True:
@@ -104,14 +130,8 @@ async def watch(gateway: Gateway, path: Path, seen: object) -> None:
         except UsageInvalid as error:
             log.error("config not taken, the old one stays in force: %s", error)
             continue
-        if _address(config) != _address(gateway.config):
-            log.warning("host and ports change only with a restart; everything else of the config is taken")
-        gateway.replace(config)
-        log.info("config taken", extra={"fields": {"models": sorted(config.models), "keys": len(config.keys)}})
-
-
-def _address(config: Config) -> tuple[str, int, int]:
-    return config.host, config.port, config.admin_port
+        if not gateway.take(config):
+            log.info("config not taken: newer orders were sent", extra={"fields": {"serial": config.serial}})
 
 
 async def _listen(runner: web.ServerRunner, host: str, port: int, option: str) -> None:

@@ -6,6 +6,7 @@ config's own models and revisions, so there is no series that a client could mak
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import math
@@ -15,22 +16,34 @@ from urllib.parse import parse_qs
 
 from aiohttp import hdrs, web
 
+from fastserve.errors import UsageInvalid
 from fastserve.gateway.answers import Refusal, bad_request
-from fastserve.gateway.config import Config
+from fastserve.gateway.config import Config, parse
 from fastserve.gateway.keys import digest
 from fastserve.gateway.server import HttpServer, json_answer
 from fastserve.gateway.statistics import Statistics
 from fastserve.gateway.tally import Times
 
 _BEARER = re.compile(r"bearer[ \t]+([\x21-\x7e]{1,256})[ \t]*", re.IGNORECASE)
+ORDERS_SECONDS = 10.0
+"""Orders must be here by then."""
+
 _BOUNDS_MS = (25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000)
 
 
 class Admin:
-    """Answers `GET /stats?since=UNIX_SECONDS` and `GET /metrics`."""
+    """Answers `GET /stats?since=UNIX_SECONDS` and `GET /metrics`, and takes `PUT /orders`."""
 
-    def __init__(self, config: Callable[[], Config], statistics: Statistics, waiting: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        config: Callable[[], Config],
+        statistics: Statistics,
+        waiting: Callable[[str], int],
+        take: Callable[[Config], bool],
+    ) -> None:
+        """take: puts orders in force, and tells whether they are; newer ones stay."""
         self._config = config
+        self._take = take
         self._statistics = statistics
         self._waiting = waiting
         self.server = HttpServer(self.handle)
@@ -38,12 +51,33 @@ class Admin:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
         try:
+            if request.raw_path == "/orders":
+                return await self._orders(request)
             return self._answer(request)
         except Refusal as refusal:
             return json_answer(refusal, {})
 
+    async def _orders(self, request: web.BaseRequest) -> web.Response:
+        """Take the orders in the body: the text that else stands in the file, so a restart finds the same."""
+        self._examine(request.headers.getall(hdrs.AUTHORIZATION, ()), self._config().orders_sha256)
+        if request.method != hdrs.METH_PUT:
+            words = f"This route takes PUT, not {request.method[:16]}."
+            raise Refusal(405, words, code="method_not_allowed", headers={"Allow": "PUT"})
+        try:
+            async with asyncio.timeout(ORDERS_SECONDS):
+                raw = await request.read()
+        except (TimeoutError, web.HTTPRequestEntityTooLarge):
+            raise Refusal(413, "The orders are too long, or came too slowly.", code="orders_too_long") from None
+        try:
+            config = parse(json.loads(raw))
+        except (UsageInvalid, ValueError, RecursionError) as error:
+            raise Refusal(400, f"The orders are not taken: {error}"[:1000], code="invalid_orders") from None
+        if not self._take(config):
+            raise Refusal(409, "Newer orders are in force.", code="orders_too_old")
+        return web.Response(body=json.dumps({"serial": config.serial}).encode(), content_type="application/json")
+
     def _answer(self, request: web.BaseRequest) -> web.Response:
-        self._examine(request.headers.getall(hdrs.AUTHORIZATION, ()))
+        self._examine(request.headers.getall(hdrs.AUTHORIZATION, ()), self._config().admin_sha256)
         path, _, query = request.raw_path.partition("?")
         if path not in ("/stats", "/metrics"):
             raise Refusal(404, "There is no such route; GET /stats or /metrics.", code="route_not_found")
@@ -52,12 +86,12 @@ class Admin:
             raise Refusal(405, words, code="method_not_allowed", headers={"Allow": "GET"})
         if path == "/metrics":
             return web.Response(text=self.metrics(), headers={"Content-Type": "text/plain; version=0.0.4"})
-        figures = self._statistics.to_json(_since(query), self._config().models, self._waiting)
+        steps = parse_qs(query).get("steps") == ["1"]
+        figures = self._statistics.to_json(_since(query), self._config().models, self._waiting, steps)
         return web.Response(body=json.dumps(figures).encode(), content_type="application/json")
 
-    def _examine(self, headers: list[str] | tuple[()]) -> None:
+    def _examine(self, headers: list[str] | tuple[()], wanted: str) -> None:
         match = _BEARER.fullmatch(headers[0]) if len(headers) == 1 else None
-        wanted = self._config().admin_sha256
         if match is None or not wanted or not hmac.compare_digest(digest(match[1]), wanted):
             raise Refusal(
                 401, "The admin token is not valid.", code="invalid_token", headers={"WWW-Authenticate": "Bearer"}

@@ -41,6 +41,9 @@ UPLOAD_PATIENCE = 4
 _HOST = re.compile(r"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 _MODELS = "/v1/models"
 _HEALTH = "/healthz"
+_READY = "/readyz"
+"""Whether it has orders; before that a client is better off elsewhere."""
+
 log = logging.getLogger("fastserve.gateway")
 access = logging.getLogger("fastserve.gateway.access")
 
@@ -63,8 +66,11 @@ class Gateway:
         body_seconds: float = BODY_SECONDS,
         first_comment_seconds: float = FIRST_SECONDS,
         comment_seconds: float = EVERY_SECONDS,
+        waits: bool = False,
     ) -> None:
+        """waits: its first orders are still to come; the config says only where it listens and who may send them."""
         self.config = config
+        self._waits = waits
         self._body_seconds = body_seconds
         self.router = Router(config.models, random or Random())
         self.hold = Hold(self.router)
@@ -75,7 +81,20 @@ class Gateway:
         self._tasks: set[asyncio.Task[object]] = set()
         self._stopping = False
         self.server = HttpServer(self.handle, idle_seconds)
-        self.admin = Admin(lambda: self.config, self.statistics, self.hold.waiting)
+        self.admin = Admin(lambda: self.config, self.statistics, self.hold.waiting, self.take)
+
+    def take(self, config: Config) -> bool:
+        """Take new orders, unless those in force are newer. Returns whether these are in force now."""
+        if config.serial < self.config.serial:
+            return False
+        if config != self.config or self._waits:
+            if _address(config) != _address(self.config):
+                log.warning("host and ports change only with a restart; everything else of the config is taken")
+            self.replace(config)
+            self._waits = False
+            taken = {"models": sorted(config.models), "keys": len(config.keys), "serial": config.serial}
+            log.info("config taken", extra={"fields": taken})
+        return True
 
     def replace(self, config: Config) -> None:
         """Take new orders; requests that run already go on under the old ones, those that wait under the new."""
@@ -118,7 +137,7 @@ class Gateway:
             exchange.status, exchange.code = 500, "internal_error"
             raise
         finally:
-            if request.raw_path != _HEALTH:
+            if request.raw_path not in (_HEALTH, _READY):
                 access.info("request", extra={"fields": exchange.line()})
 
     async def _within_time(self, exchange: Exchange) -> web.StreamResponse:
@@ -152,7 +171,7 @@ class Gateway:
         request = exchange.request
         path = request.raw_path.partition("?")[0]
         endpoint = requests.ENDPOINTS.get(path)
-        if endpoint is None and path not in (_HEALTH, _MODELS) and not path.startswith(_MODELS + "/"):
+        if endpoint is None and path not in (_HEALTH, _READY, _MODELS) and not path.startswith(_MODELS + "/"):
             raise Refusal(404, "There is no such route; GET /v1/models lists the models.", code="route_not_found")
         method = hdrs.METH_GET if endpoint is None else hdrs.METH_POST
         if request.method != method:
@@ -160,7 +179,9 @@ class Gateway:
             raise Refusal(405, words, code="method_not_allowed", headers={"Allow": method})
         if not _HOST.fullmatch(",".join(request.headers.getall(hdrs.HOST, ()))):
             raise bad_request("The Host header is missing or not a host.", code="invalid_host")
-        if path == _HEALTH:
+        if path == _READY and self._waits:
+            raise Refusal(503, "The gateway has no orders yet.", code="no_orders")
+        if path in (_HEALTH, _READY):
             return _json({"status": "ok"}, exchange)
         key = self._keyring.find(request.headers.getall(hdrs.AUTHORIZATION, ()), self._today())
         exchange.key = key.name
@@ -239,3 +260,7 @@ def _json(value: object, exchange: Exchange) -> web.Response:
     )
     exchange.begin(response)
     return response
+
+
+def _address(config: Config) -> tuple[str, int, int]:
+    return config.host, config.port, config.admin_port

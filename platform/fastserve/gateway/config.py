@@ -139,6 +139,13 @@ class Config:
     admin_sha256: str = ""
     """SHA-256 of the token that the admin port asks for: 64 hex digits."""
 
+    orders_sha256: str = ""
+    """SHA-256 of the token with which new orders may be sent to the admin port: 64 hex digits. Empty: they come by the
+    file alone. It is another one than the token above, so that who reads figures cannot route."""
+
+    serial: int = 0
+    """Number of these orders. They come on two ways, and a file that comes late has a lower one: it is not taken."""
+
 
 def read(path: Path) -> Config:
     """The config in the file `path`. Raises UsageInvalid, which names file and key, when it cannot be understood."""
@@ -156,7 +163,7 @@ def read(path: Path) -> Config:
 
 def write(path: Path, config: Config) -> None:
     """Replace the file `path` in one step: a reader sees the old config or the new one, never half of one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(to_json(config), file, indent=2)
@@ -176,6 +183,8 @@ def to_json(config: Config) -> dict[str, Any]:
         "port": config.port,
         "adminPort": config.admin_port,
         "adminSha256": config.admin_sha256,
+        "ordersSha256": config.orders_sha256,
+        "serial": config.serial,
         "models": {name: _served_to_json(served) for name, served in config.models.items()},
         "keys": [
             {
@@ -242,6 +251,8 @@ def parse(raw: object) -> Config:
         drain_seconds=j.number(top.get("drainSeconds", usual.drain_seconds), "drainSeconds", 0.0),
         admin_port=admin_port,
         admin_sha256=admin_sha256,
+        orders_sha256=_orders(top, admin_port),
+        serial=j.whole(top.get("serial", usual.serial), "serial", 0, 2**53),
     )
 
 
@@ -254,6 +265,15 @@ def _doors(top: Mapping[str, Any], usual: Config) -> tuple[int, int, str]:
     if not admin_port and not top.get("adminSha256"):
         return port, 0, ""
     return port, admin_port, j.sha256(top.get("adminSha256"), "adminSha256", "the admin port's token")
+
+
+def _orders(top: Mapping[str, Any], admin_port: int) -> str:
+    """ordersSha256; it stands beside an admin port."""
+    if not top.get("ordersSha256"):
+        return ""
+    if not admin_port:
+        raise UsageInvalid("ordersSha256: there is no adminPort that orders could be sent to; give one, or remove it")
+    return j.sha256(top["ordersSha256"], "ordersSha256", "the token for orders")
 
 
 def _adapter(name: str, served: Served, models: Mapping[str, Served]) -> None:

@@ -114,11 +114,14 @@ class Statistics:
                 self._models.pop(model, None)
                 del self._revisions[model]
 
-    def to_json(self, since: float, models: Mapping[str, Served], waiting: Callable[[str], int]) -> dict[str, Any]:
+    def to_json(
+        self, since: float, models: Mapping[str, Served], waiting: Callable[[str], int], steps: bool = False
+    ) -> dict[str, Any]:
         """All figures since the Unix second `since`; times in milliseconds.
 
         models: those of the config; each stands in the answer.
         waiting: requests to a model that wait in the hold now.
+        steps: tell what percentiles are made of, too, so that figures of several gateways can be put together.
         """
         now = self._clock()
         since = max(since, self.started, now - KEPT_SECONDS)
@@ -127,10 +130,12 @@ class Statistics:
             "at": now,
             "started": self.started,
             "since": since,
-            "models": {name: self._model_json(name, int(since), waiting(name), models.get(name)) for name in names},
+            "models": {
+                name: self._model_json(name, int(since), waiting(name), models.get(name), steps) for name in names
+            },
         }
 
-    def _model_json(self, name: str, second: int, held: int, served: Served | None) -> dict[str, Any]:
+    def _model_json(self, name: str, second: int, held: int, served: Served | None, steps: bool) -> dict[str, Any]:
         whole = self._models.get(name, Track()).since(second)
         tracks = self._revisions.get(name, {})
         digests = {**{revision.digest: None for revision in (served.revisions if served else ())}, **tracks}
@@ -139,8 +144,8 @@ class Statistics:
             "running": sum(track.running for track in tracks.values()),
             "refused": whole.refused,
             "lost": whole.lost,
-            "heldMs": whole.held.to_json(),
-            "revisions": {digest: _revision_json(tracks.get(digest) or Track(), second) for digest in digests},
+            "heldMs": times_json(whole.held, steps),
+            "revisions": {digest: _revision_json(tracks.get(digest) or Track(), second, steps) for digest in digests},
         }
 
     def _model(self, name: str) -> Track:
@@ -151,7 +156,17 @@ class Statistics:
         return self._models, self._revisions
 
 
-def _speed(each: Times) -> dict[str, float | None]:
+def times_json(times: Times, steps: bool) -> dict[str, Any]:
+    """Percentiles of times; and with `steps` all that they are made of."""
+    return times.to_json() | (times.steps_json() if steps else {})
+
+
+def speed_json(each: Times, steps: bool) -> dict[str, Any]:
+    """Speeds from times a token; and with `steps` all that they are made of."""
+    return _speed(each) | (each.steps_json() if steps else {})
+
+
+def _speed(each: Times) -> dict[str, Any]:
     """Median, the speed that 95 % of the streams reach, the mean (all time over all tokens), and how many there were.
 
     A plain mean of speeds would be that of the few answers whose tokens came in one piece."""
@@ -165,14 +180,14 @@ def _speed(each: Times) -> dict[str, float | None]:
     }
 
 
-def _revision_json(track: Track, second: int) -> dict[str, Any]:
+def _revision_json(track: Track, second: int, steps: bool) -> dict[str, Any]:
     whole = track.since(second)
     return {
         "requests": whole.requests,
         "errors": whole.errors,
         "lost": whole.lost,
         "running": track.running,
-        "ttftMs": whole.first.to_json(),
-        "tokensPerSecond": _speed(whole.each),
+        "ttftMs": times_json(whole.first, steps),
+        "tokensPerSecond": speed_json(whole.each, steps),
         "tokens": whole.tokens,
     }

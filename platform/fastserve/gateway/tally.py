@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 KEPT_SECONDS = 1200
 """How far back anybody can ask."""
@@ -57,9 +59,21 @@ class Times:
         """Times of at most `ms`, within a step."""
         return sum(count for step, count in self.seen.items() if _LEAST_MS * math.exp(_STEP * (step - 0.5)) <= ms)
 
-    def to_json(self) -> dict[str, float | None]:
+    def to_json(self) -> dict[str, Any]:
         """Median, 95th percentile in milliseconds, and how many there were."""
         return {"p50": self.percentile(0.5), "p95": self.percentile(0.95), "count": self.count}
+
+    def steps_json(self) -> dict[str, Any]:
+        """All that was seen, so that somebody can add it to what another gateway has seen."""
+        return {"steps": {str(step): count for step, count in sorted(self.seen.items())}, "sumMs": self.sum_ms}
+
+    @classmethod
+    def from_steps(cls, value: Mapping[str, Any]) -> Self:
+        """From `steps_json`. Raises ValueError, KeyError, TypeError or AttributeError for something else."""
+        found = cls()
+        found.seen = Counter({int(step): int(count) for step, count in value["steps"].items()})
+        found.sum_ms = float(value["sumMs"])
+        return found
 
 
 @dataclass(slots=True)

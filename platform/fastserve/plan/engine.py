@@ -136,6 +136,10 @@ def engine_env(revision: Revision, hardware: Hardware) -> dict[str, str]:
         "VLLM_LOGGING_PREFIX": f"{revision.model}-{revision.short} ",
     }
     if hardware.accelerators == 0:
+        if revision.section().engine.enforce_eager is not False:
+            # A request for logprobs makes the sampler compile a small function even so, with a C++ compiler, which
+            # images and many machines lack.
+            found["TORCHDYNAMO_DISABLE"] = "1"
         # Two engines run side by side while a revision takes over; bound to cores, both would get the same ones.
         found["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         # Ray sets 1 in a replica that asks for one CPU.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from fastserve.errors import ManifestInvalid, NotExecutable, Problem
+from fastserve.errors import ManifestInvalid, NotExecutable, Problem, PvcNotMounted
 from fastserve.plan.accelerators import KNOWN, computes
 from fastserve.plan.engine import check_extra_args
 from fastserve.plan.facts import LOCAL, Hardware
@@ -25,6 +25,7 @@ def check(
     profiles: Sequence[HardwareProfile] = (),
     cluster: Collection[str] = (LOCAL,),
     local: Hardware | None = None,
+    claims: Collection[str] | None = None,
 ) -> None:
     """Raise NotExecutable with every part of `model` that this version does not run.
 
@@ -32,16 +33,32 @@ def check(
     `local`. local: what that machine has; None: no accelerator.
 
     Raises ManifestInvalid for serve.engine.extraArgs that may not reach the engine, and for a profile of train.workers
-    that nobody describes.
+    that nobody describes, PvcNotMounted for a pvc:// source on another claim than `claims`: those that the pods of a
+    cluster have; None where there are no pods.
     """
+    if claims is not None:
+        _require_claims(model, claims)
     if model.spec.serve is not None:
         check_extra_args(model.spec.serve)
     described = {profile.metadata.name: profile.spec for profile in profiles}
     if model.spec.train is not None:
         _require_profiles(model.spec.train, {LOCAL, *described, *cluster})
-    problems = problems_of(model, described, cluster, local)
+    problems = problems_of(model, described, cluster, local, has_claims=claims is not None)
     if problems:
         raise NotExecutable(problems)
+
+
+def _require_claims(model: Model, claims: Collection[str]) -> None:
+    """Raise PvcNotMounted for every source on a claim that the pods do not have."""
+    problems = []
+    for path, uri in _claims(model):
+        claim = uri.removeprefix("pvc://").partition("/")[0]
+        if claim not in claims:
+            there = ", ".join(sorted(claims)) or "none is"
+            message = f"the claim {claim} is not mounted ({there}); add it to the chart's value ray.sourceClaims"
+            problems.append(Problem(f"spec.{path}", message))
+    if problems:
+        raise PvcNotMounted(problems)
 
 
 def check_access_key(key: AccessKey) -> None:
@@ -78,13 +95,14 @@ def problems_of(
     profiles: Mapping[str, HardwareProfileSpec] | None = None,
     cluster: Collection[str] = (LOCAL,),
     local: Hardware | None = None,
+    has_claims: bool = False,
 ) -> list[Problem]:
     """Every part of `model` that this version does not run, in the order of the manifest. The rest as for `check`;
-    profiles: specs by name."""
+    profiles: specs by name. has_claims: whether there are pods that claims can be mounted into."""
     described = profiles or {}
     found = [
         Problem(f"spec.{path}", "pvc:// needs a Kubernetes cluster; use file://, s3://, hf:// or package://")
-        for path in _claims(model)
+        for path, _ in ([] if has_claims else _claims(model))
     ]
     if model.spec.train is not None:
         found.extend(_train_problems(model.spec.train, described, cluster, local))
@@ -119,8 +137,8 @@ def _task_problems(model: Model) -> list[Problem]:
     ]
 
 
-def _claims(model: Model) -> list[str]:
-    """Places, below `spec`, of the sources on a pvc://."""
+def _claims(model: Model) -> list[tuple[str, str]]:
+    """The sources on a pvc://: their places, below `spec`, and their URIs."""
     if not any(item.source.scheme == "pvc" for item in outside(model)):
         return []
     spec = model.spec
@@ -137,7 +155,7 @@ def _claims(model: Model) -> list[str]:
         named.extend((f"evaluate.tasks[{index}].data", task.data) for index, task in enumerate(spec.evaluate.tasks))
     if spec.serve is not None:
         named.extend((f"serve.adapters[{index}].source", item.source) for index, item in enumerate(spec.serve.adapters))
-    return [path for path, source in named if source.scheme == "pvc"]
+    return [(path, source.uri) for path, source in named if source.scheme == "pvc"]
 
 
 def _train_problems(

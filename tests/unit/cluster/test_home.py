@@ -5,7 +5,10 @@ import os
 import stat
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,6 +131,81 @@ def test_a_write_that_fails_leaves_the_old_value(home: Home) -> None:
     assert not list(home.path.glob(".new-*"))
 
 
+def killed_process() -> int:
+    """Number of a process that is gone."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+def test_what_a_killed_writer_left_is_cleared_and_what_a_living_one_writes_is_not(home: Home) -> None:
+    home.want(model(), {}, {})
+    left = [
+        home.path / name / f"{sign}{killed_process()}-0a"
+        for name in (".", "models/chat", "serving", "gateway")
+        for sign in (".new-", ".config.json.")
+    ]
+    under_way = home.path / "models" / "chat" / f".new-{os.getpid()}-0b"
+    for path in (*left, under_way):
+        path.write_text("{")
+    home.clear_torn()
+    assert not [path for path in left if path.exists()]
+    assert under_way.exists()
+    assert home.model("chat") == model()
+
+
+@pytest.mark.parametrize("line", range(1, 7))
+def test_ctrl_c_at_any_line_of_a_write_leaves_the_old_value_or_the_new_one(
+    home: Home, monkeypatch: pytest.MonkeyPatch, line: int
+) -> None:
+    home.write_json("settings.json", {"store": "/old"})
+    calls = [0]
+
+    def interrupted(what: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == line:
+                raise KeyboardInterrupt
+            done = what(*arguments, **named)
+            calls[0] += 1
+            if calls[0] == line:
+                raise KeyboardInterrupt
+            return done
+
+        return call
+
+    for name in ("open", "chmod", "replace"):
+        monkeypatch.setattr(f"fastserve.cluster.home.os.{name}", interrupted(getattr(os, name)))
+    with pytest.raises(KeyboardInterrupt):
+        home.write_json("settings.json", {"store": "/new"})
+    monkeypatch.undo()
+    assert home.store_uri == ("/new" if line == 6 else "/old")
+    assert not list(home.path.glob(".new-*"))
+
+
+def test_several_commands_at_once_make_one_key(home: Home) -> None:
+    """Each reads a whole key, and all the same."""
+    code = (
+        "import sys; from fastserve.cluster.home import Home\n"
+        f"home = Home({str(home.path)!r}); sys.stdin.readline()\n"
+        "print(home.local_key(home.token))"
+    )
+    many = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    found = set()
+    for process in many:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in many:
+        found.add(process.communicate(timeout=120)[0].strip())
+    assert len(found) == 1
+    assert len(found.pop()) == 64
+    assert not list(home.path.glob(".new-*"))
+
+
 def test_a_damaged_file_is_named(home: Home) -> None:
     (home.path / "keys.json").write_text("{")
     with pytest.raises(StoreFailed, match=r"keys\.json is damaged"):
@@ -156,6 +234,27 @@ def test_a_second_tender_is_refused_while_the_first_lives(home: Home) -> None:
         with home.tended(detached=True):
             assert json.loads((home.path / "up.json").read_text())["detached"] is True
     assert home.tender() is None
+
+
+def test_whoever_only_looks_who_tends_keeps_nobody_from_tending(home: Home) -> None:
+    """A look holds the lock for a moment; many looks at once must not be taken for an owner."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            home.tender()
+
+    looks = [threading.Thread(target=look) for _ in range(3)]
+    for thread in looks:
+        thread.start()
+    try:
+        for _ in range(100):
+            with home.tended(detached=False):
+                assert home.read_json("up.json")["pid"] == os.getpid()
+    finally:
+        over.set()
+        for thread in looks:
+            thread.join()
 
 
 def test_a_home_that_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -3,12 +3,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
 
 import pytest
-from kube_objects import KubeObjects, served
+from kube_objects import KubeObjects
 
-from fastserve.cluster.kube_api import KubeApi
+from fastserve.cluster.kube_api import SECRETS, KubeApi
 from fastserve.cluster.kube_gateway import KubeGateway
 from fastserve.errors import NameConflict
 from fastserve.gateway import config as gateway_config
@@ -16,17 +15,6 @@ from fastserve.gateway.config import Key, Served
 
 CONFIG = "/api/v1/namespaces/demo/configmaps/fastserve-gateway"
 ADMIN = "/api/v1/namespaces/demo/secrets/fastserve-gateway-admin"
-
-
-@pytest.fixture
-def objects() -> KubeObjects:
-    return KubeObjects()
-
-
-@pytest.fixture
-def api(objects: KubeObjects) -> Iterator[KubeApi]:
-    with served(objects) as found:
-        yield found
 
 
 def test_orders_are_read_back_as_given_and_hold_no_secret(api: KubeApi, objects: KubeObjects) -> None:
@@ -84,3 +72,17 @@ def test_what_is_somebody_elses_is_left_alone(api: KubeApi, objects: KubeObjects
 def test_the_url_is_the_service_unless_another_is_given(api: KubeApi) -> None:
     assert KubeGateway(api, "demo", None).url == "http://fastserve-gateway.demo.svc:8100/v1"
     assert KubeGateway(api, "demo", "https://llm.example/v1").url == "https://llm.example/v1"
+
+
+def test_what_it_makes_goes_with_the_charts_secret(api: KubeApi, objects: KubeObjects) -> None:
+    made = api.create(
+        SECRETS,
+        {
+            "metadata": {"name": "fastserve-gateway-orders", "namespace": "demo"},
+            "data": {"token": base64.b64encode(b"t").decode()},
+        },
+    )
+    KubeGateway(api, "demo", None).configure({}, (), 8100)
+    for place in (CONFIG, ADMIN):
+        (owner,) = objects.objects[place]["metadata"]["ownerReferences"]
+        assert (owner["kind"], owner["uid"]) == ("Secret", made["metadata"]["uid"])

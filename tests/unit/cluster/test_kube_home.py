@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,6 @@ def objects() -> KubeObjects:
     for name in ("one", "two"):
         found.put(f"{MODELS}/{name}", wish(name))
     return found
-
-
-@pytest.fixture
-def api(objects: KubeObjects) -> Iterator[KubeApi]:
-    with served(objects) as found:
-        yield found
 
 
 def home(api: KubeApi, folder: Path) -> KubeHome:
@@ -130,6 +123,44 @@ def test_a_damaged_value_is_named(api: KubeApi, objects: KubeObjects, tmp_path: 
     objects.objects[f"{MAPS}/one-state"]["data"]["weights.json"] = "{"
     with pytest.raises(StoreFailed, match=r"demo/one-state: weights\.json is damaged"):
         home(api, tmp_path).weights("one")
+
+
+def test_what_one_model_kept_and_nobody_can_read_is_no_matter_of_another(
+    api: KubeApi, objects: KubeObjects, tmp_path: Path
+) -> None:
+    first = home(api, tmp_path)
+    for name in ("one", "two"):
+        first.want(model(name), {}, {})
+        first.start_serving(f"{name}-aaaaaaaa", revision(name, "a" * 64))
+    data = objects.objects[f"{MAPS}/one-state"]["data"]
+    data["model.json"] = '{"spec": {"of": "another version"}}'
+    found = home(api, tmp_path)
+    assert (found.model("one"), found.model("two")) == (None, model("two"))
+    assert list(found.damaged) == ["one"]
+    assert set(found.serving()) == {"one-aaaaaaaa", "two-aaaaaaaa"}, "what serves goes on"
+    assert found.model_names() == ["one", "two"]
+    data["serving__one-aaaaaaaa.json"] = "{"
+    found = home(api, tmp_path)
+    assert set(found.serving()) == {"two-aaaaaaaa"}
+    found.look()
+    found.want(model("one"), {}, {})
+    assert found.model("one") == model("one")
+    assert found.damaged == {}
+
+
+def test_what_serves_is_read_once_a_look_and_anew_after_a_change(
+    api: KubeApi, objects: KubeObjects, tmp_path: Path
+) -> None:
+    found = home(api, tmp_path)
+    found.want(model("one"), {}, {})
+    assert found.serving() == {}
+    found.start_serving("one-aaaaaaaa", revision("one", "a" * 64))
+    assert found.serving() == {"one-aaaaaaaa": revision("one", "a" * 64)}
+    assert found.serving_since()["one-aaaaaaaa"] > 0
+    found.stop_serving("one-aaaaaaaa")
+    assert found.serving() == {}
+    assert found.listed("models/one/*.json") == home(api, tmp_path).listed("models/one/*.json")
+    assert found.listed("models/none/*.json") == []
 
 
 def test_what_can_be_found_out_again_stays_in_the_scratch_folder(

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from kube_objects import KubeObjects, served
+from kube_objects import KubeObjects
 
 from fastserve.cluster.kube_api import KubeApi
 from fastserve.cluster.kube_lease import LEASE_SECONDS, Lease
@@ -17,17 +15,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@pytest.fixture
-def objects() -> KubeObjects:
-    return KubeObjects()
-
-
-@pytest.fixture
-def api(objects: KubeObjects) -> Iterator[KubeApi]:
-    with served(objects) as found:
-        yield found
 
 
 def two(api: KubeApi) -> tuple[Lease, Clock, Lease, Clock]:

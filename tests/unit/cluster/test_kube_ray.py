@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kube_objects import KubeObjects, served
+from kube_objects import KubeObjects
 
 from fastserve.cluster.kube_api import KubeApi
 from fastserve.cluster.kube_ray import GivenRay, RayClusterHead
@@ -15,17 +14,6 @@ from fastserve.errors import ClusterFailed
 
 CLUSTER = "/apis/ray.io/v1/namespaces/demo/rayclusters/fastserve"
 SECRETS = "/api/v1/namespaces/demo/secrets"
-
-
-@pytest.fixture
-def objects() -> KubeObjects:
-    return KubeObjects()
-
-
-@pytest.fixture
-def api(objects: KubeObjects) -> Iterator[KubeApi]:
-    with served(objects) as found:
-        yield found
 
 
 def ray(objects: KubeObjects, service: str | None = "fastserve-head-svc", **spec: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
@@ -167,8 +168,9 @@ class Stand:
         async with self.session.request(method, url, data=payload, headers=given) as response:
             return Answer(response.status, response.headers, await response.read())
 
-    async def raw(self, request: bytes, wait_seconds: float = 2.0) -> bytes:
-        """Send bytes as they are; all that comes until the gateway closes, or falls silent for a moment."""
+    async def raw(self, request: bytes, wait_seconds: float = 60.0) -> bytes:
+        """Send bytes as they are; the first answer, and all that comes after it until the gateway closes, or falls
+        silent for a moment."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         got = b""
         try:
@@ -176,6 +178,9 @@ class Stand:
             writer.write_eof() if not request else None
             async with asyncio.timeout(wait_seconds):
                 got = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", got)
+                has_body = length is not None and not request.startswith(b"HEAD ")
+                got += await reader.readexactly(int(length[1]) if length is not None and has_body else 0)
                 while piece := await asyncio.wait_for(reader.read(65536), 0.02):
                     got += piece
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
@@ -209,6 +214,13 @@ def usual_config(**more: Any) -> Config:
     return Config(port=0, keys=keys, drain_seconds=0.2, **more)
 
 
+async def until(check: Callable[[], object], seconds: float = 100.0) -> None:
+    """Wait for something to become true; `seconds` is for a machine that stands still for a while."""
+    async with asyncio.timeout(seconds):
+        while not check():
+            await asyncio.sleep(0.005)
+
+
 @contextlib.asynccontextmanager
 async def stand_up(patience: Mapping[str, float], **more: Any) -> AsyncIterator[Stand]:
     async with contextlib.AsyncExitStack() as stack:
@@ -223,6 +235,9 @@ async def stand_up(patience: Mapping[str, float], **more: Any) -> AsyncIterator[
             await gateway.close(0.0)
 
 
+CALM = {"first_comment_seconds": 600.0}
+"""On a machine that stands still for a second, no answer is to hold a comment that its test does not expect."""
+
 Scenario = Callable[[Stand], Coroutine[Any, Any, None]]
 
 
@@ -232,7 +247,7 @@ def play() -> Callable[..., None]:
 
     def run(scenario: Scenario, patience: Mapping[str, float] | None = None, **more: Any) -> None:
         async def whole() -> None:
-            async with asyncio.timeout(20), stand_up(patience or {}, **more) as stand:
+            async with asyncio.timeout(200), stand_up(patience or CALM, **more) as stand:
                 await scenario(stand)
 
         uvloop.run(whole())  # as the process does
@@ -255,5 +270,6 @@ def kit() -> Any:
         streams=streams,
         answers_well=answers_well,
         usual_config=usual_config,
+        until=until,
         listen=listen,
     )

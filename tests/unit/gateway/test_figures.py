@@ -7,6 +7,7 @@ import math
 import random
 import re
 import sys
+import time
 
 import aiohttp
 import pytest
@@ -119,13 +120,16 @@ def test_streams_and_whole_answers_are_counted_by_revision(play, kit):
 def test_time_to_first_event_is_without_the_hold(play, kit):
     async def scenario(stand):
         stand.serve()
+        began = time.monotonic()
         asked = asyncio.create_task(stand.ask(kit.chat(stream=True)))
         await asyncio.sleep(0.5)
         await stand.one_engine()
         await asked
+        whole_ms = 1000 * (time.monotonic() - began)
         stats = stand.stats()["chat"]
-        assert stats["heldMs"]["p50"] > 450
-        assert stats["revisions"]["a" * 64]["ttftMs"]["p50"] < 450
+        held_ms, first_ms = stats["heldMs"]["p50"], stats["revisions"]["a" * 64]["ttftMs"]["p50"]
+        assert held_ms > 450
+        assert held_ms + first_ms < 1.05 * whole_ms  # as it is told in steps of a few percent
 
     play(scenario)
 
@@ -175,23 +179,31 @@ def test_a_clients_fault_is_no_error_of_the_revision(play, kit, status, errors):
     play(scenario)
 
 
-def test_an_answer_that_takes_too_long_is_an_error_and_a_client_that_leaves_is_none(play, kit):
-    async def scenario(stand):
-        async def slow(request, body):
-            return await kit.streams(request, [kit.event("x")] * 1000, 0.05)
+async def endless(kit, request):
+    return await kit.streams(request, [kit.event("x")] * 10_000, 0.05)
 
-        await stand.one_engine(slow)
+
+def test_a_client_that_leaves_is_no_error(play, kit):
+    async def scenario(stand):
+        await stand.one_engine(lambda request, body: endless(kit, request))
         url = f"http://127.0.0.1:{stand.port}/v1/chat/completions"
         headers = {"Authorization": f"Bearer {kit.KEY}"}
         async with stand.session.post(url, json=kit.chat(stream=True), headers=headers) as response:
             await response.content.readany()
             response.close()
-        await asyncio.sleep(0.05)
+        await kit.until(lambda: stand.stats()["chat"]["running"] == 0)
         revision = stand.stats()["chat"]["revisions"]["a" * 64]
         assert (revision["requests"], revision["errors"], revision["running"]) == (1, 0, 0)
+
+    play(scenario)
+
+
+def test_an_answer_that_takes_too_long_is_an_error(play, kit):
+    async def scenario(stand):
+        await stand.one_engine(lambda request, body: endless(kit, request))
         await stand.ask(kit.chat(stream=True))
         revision = stand.stats()["chat"]["revisions"]["a" * 64]
-        assert (revision["requests"], revision["errors"]) == (2, 1)
+        assert (revision["requests"], revision["errors"]) == (1, 1)
 
     play(scenario, read_timeout_seconds=0.2)
 

@@ -31,7 +31,7 @@ def small(slots=1, name="http://1", digest="r", weight=1):
 
 def running(scenario):
     async def whole():
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(100):
             await scenario()
             left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
             assert left == []

@@ -14,7 +14,8 @@ openai = pytest.importorskip("openai")
 
 @contextlib.asynccontextmanager
 async def client_of(stand, kit, **more):
-    settings = {"api_key": kit.KEY, "max_retries": 0, **more}
+    patience = openai.Timeout(600.0)  # its own five seconds for a connection are over soon on a busy machine
+    settings = {"api_key": kit.KEY, "max_retries": 0, "timeout": patience, **more}
     async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{stand.port}/v1", **settings) as client:
         yield client
 

@@ -229,8 +229,8 @@ def test_what_is_the_requests_own_fault_is_not_tried_again(play, kit, status):
 def test_a_client_that_goes_away_ends_the_generation_at_once(play, kit, stream):
     async def engine_for_ever(request, body):
         if body.get("stream"):
-            return await kit.streams(request, [kit.event("x")] * 1000, 0.01)
-        await asyncio.sleep(60)
+            return await kit.streams(request, [kit.event("x")] * 100_000, 0.01)
+        await asyncio.sleep(600)
         return web.Response()
 
     async def scenario(stand):
@@ -249,11 +249,10 @@ def test_a_client_that_goes_away_ends_the_generation_at_once(play, kit, stream):
                 await asyncio.sleep(0.005)
         assert stand.gateway.router.running(engine.url) == 1
         writer.close()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(60):
             await engine.gone.wait()
-        await asyncio.sleep(0.02)
-        assert stand.gateway.router.running(engine.url) == 0
-        assert stand.gateway._tasks == set()
+        await kit.until(lambda: stand.gateway.router.running(engine.url) == 0)
+        await kit.until(lambda: stand.gateway._tasks == set())
 
     play(scenario)
 
@@ -269,7 +268,10 @@ def test_the_whole_time_of_a_request_is_bounded_before_and_in_the_middle_of_an_a
         await stand.one_engine(slow)
         whole = await stand.ask(kit.chat())
         assert (whole.status, whole.error["code"]) == (504, "deadline_exceeded")
-        streamed = await stand.ask(kit.chat(stream=True))
+        for _ in range(10):  # on a machine that stands still the time may be over before the first event
+            streamed = await stand.ask(kit.chat(stream=True))
+            if streamed.raw.startswith(kit.event("x")):
+                break
         assert streamed.raw.startswith(kit.event("x"))
         assert json.loads(streamed.raw.rstrip().rpartition(b"data: ")[2])["error"]["code"] == "deadline_exceeded"
 
@@ -296,19 +298,32 @@ def test_a_new_config_does_not_disturb_a_stream_that_runs(play, kit):
 
 def test_stopping_lets_streams_finish_and_cuts_the_rest_with_an_error(play, kit):
     async def scenario(stand):
-        async def paced(request, body):
-            return await kit.streams(request, [*[kit.event("x")] * body["max_tokens"], kit.DONE], 0.02)
+        go_on = asyncio.Event()
 
-        engine = await stand.one_engine(paced)
-        short = asyncio.create_task(stand.ask(kit.chat(stream=True, max_tokens=5)))
-        long = asyncio.create_task(stand.ask(kit.chat(stream=True, max_tokens=500)))
-        while len(engine.asked) < 2:
-            await asyncio.sleep(0.005)
-        await asyncio.sleep(0.03)
-        await stand.gateway.close(0.3)
-        assert (await short).raw.endswith(kit.DONE)
-        assert b"gateway_stopping" in (await long).raw
-        assert b"[DONE]" not in (await long).raw
+        async def endless_or_short(request, body):
+            if body["max_tokens"] > 5:
+                return await kit.streams(request, [kit.event("x")] * 10_000, 0.02)
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            await response.write(kit.event("x"))
+            await go_on.wait()
+            await response.write(kit.event("x") * 4 + kit.DONE)
+            return response
+
+        await stand.one_engine(endless_or_short)
+        url = f"http://127.0.0.1:{stand.port}/v1/chat/completions"
+        headers = {"Authorization": f"Bearer {kit.KEY}"}
+        short, long = [
+            await stand.session.post(url, json=kit.chat(stream=True, max_tokens=count), headers=headers)
+            for count in (5, 500)
+        ]
+        closing = asyncio.create_task(stand.gateway.close(3.0))
+        go_on.set()
+        assert await short.content.read() == kit.event("x") * 5 + kit.DONE
+        rest = await long.content.read()
+        await closing
+        assert b"gateway_stopping" in rest
+        assert b"[DONE]" not in rest
 
     play(scenario)
 
@@ -335,7 +350,7 @@ def test_a_client_that_does_not_read_makes_the_engine_wait(play, kit):
                 before = made
                 await asyncio.sleep(0.1)
         assert made < 1000
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(60):
             await engine.gone.wait()
 
     play(scenario)

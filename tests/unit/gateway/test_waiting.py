@@ -26,10 +26,20 @@ def gate(kit):
     return handler, go_on
 
 
-async def until(check, seconds=5.0):
+async def until(check, seconds=100.0):
     async with asyncio.timeout(seconds):
         while not check():
             await asyncio.sleep(0.005)
+
+
+async def commented(stand, kit, count=1):
+    """A stream that has so many comments, and no answer yet."""
+    url = f"http://127.0.0.1:{stand.port}/v1/chat/completions"
+    headers = {"Authorization": f"Bearer {kit.KEY}"}
+    response = await stand.session.post(url, json=kit.chat(stream=True), headers=headers)
+    assert response.status == 200
+    assert await response.content.readexactly(count * len(COMMENT)) == COMMENT * count
+    return response
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -74,18 +84,17 @@ def test_a_stream_whose_engine_is_slow_to_begin_gets_comments_too(play, kit):
     async def scenario(stand):
         handler, go_on = gate(kit)
         await stand.one_engine(handler)
-        asked = asyncio.create_task(stand.ask(kit.chat(stream=True)))
-        await asyncio.sleep(0.2)
+        response = await commented(stand, kit, 2)
         go_on.set()
-        raw = (await asked).raw
-        assert 2 <= raw.count(COMMENT) <= 5
-        assert raw.endswith(kit.DONE)
-        assert raw.startswith(COMMENT)
+        rest = await response.content.read()
+        assert (
+            rest.replace(COMMENT, b"") == kit.event("The") + kit.event(" capital") + kit.event(" is Paris") + kit.DONE
+        )
 
     play(scenario, SOON)
 
 
-def test_headers_and_the_first_comment_come_within_a_second_and_lines_are_only_data_and_comments(play, kit):
+def test_headers_and_the_first_comment_come_after_a_second_and_lines_are_only_data_and_comments(play, kit):
     async def scenario(stand):
         stand.serve()
         url = f"http://127.0.0.1:{stand.port}/v1/chat/completions"
@@ -93,12 +102,12 @@ def test_headers_and_the_first_comment_come_within_a_second_and_lines_are_only_d
         began = time.monotonic()
         async with stand.session.post(url, json=kit.chat(stream=True), headers=headers) as response:
             got = await response.content.readexactly(len(COMMENT))
-            assert 0.9 < time.monotonic() - began < 3  # a second, on a busy machine
+            assert time.monotonic() - began > 0.9  # not before: most answers need no comment
             await stand.one_engine()
             got += await response.content.read()
         assert {line[:5] for line in got.splitlines() if line} == {b": wai", b"data:"}
 
-    play(scenario)
+    play(scenario, {"first_comment_seconds": 1.0})
 
 
 def test_one_that_waits_in_vain_is_told_as_its_kind_needs_it(play, kit):
@@ -167,8 +176,8 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(play, kit):
             if stream:
                 await reader.readuntil(COMMENT)
             writer.close()
-            await until(lambda: stand.gateway.hold.waiting("chat") == 0, 1)
-        await until(lambda: not stand.gateway._tasks, 1)
+            await until(lambda: stand.gateway.hold.waiting("chat") == 0)
+        await until(lambda: not stand.gateway._tasks)
 
     play(scenario, SOON)
 
@@ -195,14 +204,13 @@ def test_stopping_tells_those_who_wait_and_lets_those_who_run_finish(play, kit):
         engine = await stand.one_engine(handler, slots=1)
         runs = asyncio.create_task(stand.ask(kit.chat()))
         await until(lambda: engine.asked)
-        waits = [asyncio.create_task(stand.ask(kit.chat(stream=stream))) for stream in (False, True)]
+        waits = asyncio.create_task(stand.ask(kit.chat()))
+        spoken = await commented(stand, kit)
         await until(lambda: stand.gateway.hold.waiting("chat") == 2)
-        await asyncio.sleep(0.1)
-        closing = asyncio.create_task(stand.gateway.close(2.0))
-        silent, spoken = await asyncio.gather(*waits)
+        closing = asyncio.create_task(stand.gateway.close(100.0))
+        silent = await waits
         assert (silent.status, silent.error["code"]) == (503, "gateway_stopping")
-        assert b"gateway_stopping" in spoken.raw
-        assert spoken.raw.startswith(COMMENT)
+        assert b"gateway_stopping" in await spoken.content.read()
         go_on.set()
         assert (await runs).status == 200
         await closing
@@ -315,11 +323,14 @@ def test_the_one_that_holds_is_asked_when_the_failed_replica_is_gone(play, kit):
         async def dies(request, body):
             nonlocal died
             died = died or time.monotonic()
+            return web.json_response({"error": {"message": "engine dead", "code": 500}}, status=500)
+
+        async def dies_for_a_moment(request, body):
             if time.monotonic() - died < 0.4:
-                return web.json_response({"error": {"message": "engine dead", "code": 500}}, status=500)
+                return await dies(request, body)
             return await kit.answers_well(request, body)
 
-        direct, serve = await stand.engine(dies), await stand.engine(dies)
+        direct, serve = await stand.engine(dies), await stand.engine(dies_for_a_moment)
         stand.serve(Revision("a" * 64, 1, (Target(direct.url, 4), Target(serve.url, last=True))))
         answers = await asyncio.gather(*(stand.ask(kit.chat()) for _ in range(4)))
         assert {answer.status for answer in answers} == {200}
@@ -332,11 +343,9 @@ def test_early_headers_name_no_revision_for_another_may_answer(play, kit):
     async def scenario(stand):
         handler, go_on = gate(kit)
         await stand.one_engine(handler)
-        asked = asyncio.create_task(stand.ask(kit.chat(stream=True)))
-        await asyncio.sleep(0.15)
+        answer = await commented(stand, kit)
         go_on.set()
-        answer = await asked
-        assert answer.raw.startswith(COMMENT)
+        assert (await answer.content.read()).endswith(kit.DONE)
         assert "X-FastServe-Revision" not in answer.headers
 
     play(scenario, SOON)

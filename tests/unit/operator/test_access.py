@@ -3,11 +3,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from kube_objects import KubeObjects, served
+from kube_objects import KubeObjects
 
 from fastserve.cluster.kube_api import KubeApi
 from fastserve_operator.access import tend_key
@@ -15,17 +14,6 @@ from fastserve_operator.access import tend_key
 KEYS = "/apis/fastserve.dev/v1alpha1/namespaces/demo/accesskeys"
 SECRET = "/api/v1/namespaces/demo/secrets/team-key"
 NOW = "2027-01-02T03:04:05Z"
-
-
-@pytest.fixture
-def objects() -> KubeObjects:
-    return KubeObjects()
-
-
-@pytest.fixture
-def api(objects: KubeObjects) -> Iterator[KubeApi]:
-    with served(objects) as found:
-        yield found
 
 
 def wanted(objects: KubeObjects, **spec: Any) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def test_serving_is_true_only_with_traffic_and_an_answer() -> None:
     [
         (
             "the last one failed. `fastserve logs m train` shows more; `fastserve up` tries again.",
-            "the last one failed. `fastserve logs m train` shows more; "
+            "the last one failed. `kubectl fastserve logs m train` shows more; "
             "a new value of the annotation fastserve.dev/retry tries again.",
         ),
         (

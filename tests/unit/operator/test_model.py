@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hub_stand_in
 import pytest
-from kube_objects import KubeObjects, served
+from kube_objects import KubeObjects
 from model_files import model_folder
 
 from fastserve.artifacts import attempts
@@ -20,27 +22,18 @@ from fastserve.cluster.kube_gateway import KubeGateway
 from fastserve.cluster.kube_home import RETRY, KubeHome, asking
 from fastserve.cluster.kube_ray import GivenRay, RayClusterHead
 from fastserve.cluster.parts import Head
+from fastserve.gateway.config import Revision, Served, Target
 from fastserve.plan.keys import request_for, stage_keys
 from fastserve.plan.observed import Pin
 from fastserve.plan.stages import Stage
 from fastserve.plan.steps import ROLLED_BACK
+from fastserve_operator import acceptance
 from fastserve_operator.model import Namespace
 
 MODELS = "/apis/fastserve.dev/v1alpha1/namespaces/demo/models"
 PROFILES = "/apis/fastserve.dev/v1alpha1/hardwareprofiles"
 STATE = "/api/v1/namespaces/demo/configmaps"
 ORDERS = f"{STATE}/fastserve-gateway"
-
-
-@pytest.fixture
-def objects() -> KubeObjects:
-    return KubeObjects()
-
-
-@pytest.fixture
-def api(objects: KubeObjects) -> Iterator[KubeApi]:
-    with served(objects) as found:
-        yield found
 
 
 @pytest.fixture
@@ -75,7 +68,7 @@ def ready(objects: KubeObjects, name: str) -> dict[str, Any]:
 
 
 def tend_until(tended: Namespace, objects: KubeObjects, name: str, reason: str) -> dict[str, Any]:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while ready(objects, name)["reason"] != reason:
         assert time.monotonic() < end, f"{name} is {ready(objects, name)}"
         tended.tend()
@@ -96,6 +89,44 @@ def test_without_a_ray_cluster_a_model_says_what_is_missing(
     assert "no RayCluster named fastserve in namespace demo" in told["message"]
     assert objects.objects[f"{MODELS}/small"]["metadata"]["finalizers"] == [FINALIZER]
     assert objects.objects[f"{STATE}/small-state"]["metadata"]["ownerReferences"][0]["name"] == "small"
+
+
+def test_a_head_that_does_not_come_up_says_what_its_pod_says(
+    api: KubeApi, objects: KubeObjects, source: str, tmp_path: Path
+) -> None:
+    raycluster = {"metadata": {"name": "fastserve"}, "spec": {"authOptions": {"mode": "token"}}}
+    objects.put("/apis/ray.io/v1/namespaces/demo/rayclusters/fastserve", raycluster)
+    why = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "3 Insufficient memory."}
+    labels = {"ray.io/cluster": "fastserve", "ray.io/node-type": "head"}
+    pod = {"metadata": {"name": "head", "labels": labels}, "status": {"phase": "Pending", "conditions": [why]}}
+    objects.put("/api/v1/namespaces/demo/pods/head", pod)
+    wish(objects, "small", source)
+    tended = namespace(api, tmp_path)
+    told = tend_until(tended, objects, "small", "Unschedulable")
+    assert told["status"] == "Unknown"
+    assert "pod head of the head: Unschedulable: 3 Insufficient memory" in told["message"]
+    objects.delete("/api/v1/namespaces/demo/pods/head")
+    tend_until(tended, objects, "small", "ClusterFailed")
+
+
+def test_a_source_whose_secret_is_missing_goes_on_when_it_comes(
+    api: KubeApi, objects: KubeObjects, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceptance, "REFUSED_SECONDS", 0.1)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    with hub_stand_in.hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        hub.repository("acme/model", token="right").commit(model_folder())
+        wish(objects, "private", "")
+        objects.objects[f"{MODELS}/private"]["spec"]["source"] = {"uri": "hf://acme/model", "tokenSecret": "hub"}
+        tended = namespace(api, tmp_path)
+        told = tend_until(tended, objects, "private", "SecretMissing")
+        assert told["status"] == "Unknown"
+        assert "no Secret hub in namespace demo" in told["message"]
+        token = {"metadata": {"name": "hub"}, "data": {"token": base64.b64encode(b"right").decode()}}
+        objects.put("/api/v1/namespaces/demo/secrets/hub", token)
+        tend_until(tended, objects, "private", "ClusterFailed")  # accepted
+    assert "right" not in json.dumps(objects.objects[f"{STATE}/private-state"])
 
 
 def test_one_broken_model_touches_no_other(api: KubeApi, objects: KubeObjects, source: str, tmp_path: Path) -> None:
@@ -220,8 +251,71 @@ def test_a_rollback_of_its_own_accord_ends_when_somebody_asks_again_and_not_when
     assert pin() is None
 
 
+@pytest.mark.parametrize("change", ["an unknown key", "no JSON"])
+def test_what_another_version_accepted_is_surveyed_anew_and_hinders_nobody(
+    api: KubeApi, objects: KubeObjects, source: str, tmp_path: Path, change: str
+) -> None:
+    for name in ("old", "small"):
+        wish(objects, name, source)
+    tended = namespace(api, tmp_path)
+    for name in ("old", "small"):
+        tend_until(tended, objects, name, "ClusterFailed")
+    data = objects.objects[f"{STATE}/old-state"]["data"]
+    whole = json.loads(data["model.json"])
+    spoiled = {**whole, "spec": {**whole["spec"], "ofAnotherVersion": 1}}
+    data["model.json"] = json.dumps(spoiled) if change == "an unknown key" else "{"
+    wish(objects, "new", source)
+    after = namespace(api, tmp_path / "after")
+    tend_until(after, objects, "new", "ClusterFailed")
+    until(lambda: json_or_none(objects.objects[f"{STATE}/old-state"]["data"]["model.json"]) == whole, after)
+
+
+def test_an_object_that_this_version_cannot_read_keeps_what_is_routed_and_hinders_nobody(
+    api: KubeApi, objects: KubeObjects, source: str, tmp_path: Path
+) -> None:
+    served = {"source": source, "serve": {}}
+    objects.put(f"{MODELS}/old", {"kind": "Model", "metadata": {"name": "old"}, "spec": served} | VERSION)
+    silent = GivenRay("http://127.0.0.1:9", None, None, "python")
+    tended = namespace(api, tmp_path, silent)
+    tend_until(tended, objects, "old", "ClusterFailed")
+    route = (Revision("a" * 64, 100, (Target("http://engine"),)),)
+    KubeGateway(api, "demo", None).configure({"old": Served("generate", 1, route)}, (), 8100)
+    objects.objects[f"{MODELS}/old"]["spec"]["ofAnotherVersion"] = 1
+    objects.objects[f"{MODELS}/old"]["metadata"]["generation"] += 1
+    data = objects.objects[f"{STATE}/old-state"]["data"]
+    data["model.json"] = json.dumps({"kind": "Model", "spec": {"of": "another version"}})
+    wish(objects, "small", source)
+    after = namespace(api, tmp_path / "after", silent)
+    told = tend_until(after, objects, "old", "ManifestInvalid")
+    assert "ofAnotherVersion" in told["message"]
+    tend_until(after, objects, "small", "ClusterFailed")
+    orders = json.loads(objects.objects[ORDERS]["data"]["config.json"])
+    assert orders["models"]["old"]["revisions"][0]["weight"] == 100
+    objects.objects[f"{MODELS}/old"]["metadata"]["finalizers"] = []
+    objects.delete(f"{MODELS}/old")
+    until(lambda: f"{MODELS}/old" not in objects.objects, after)
+
+
+VERSION = {"apiVersion": "fastserve.dev/v1alpha1"}
+
+
+def json_or_none(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def until(true: Callable[[], object], tended: Namespace) -> None:
+    end = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < end
+        tended.tend()
+        time.sleep(0.02)
+
+
 def until_accepted(tended: Namespace, objects: KubeObjects) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     path = f"{MODELS}/small"
     while json.loads(objects.objects[f"{STATE}/small-state"]["data"]["accepted.json"]) != asking(objects.objects[path]):
         assert time.monotonic() < end

@@ -7,6 +7,7 @@ from api_server import Resource
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastserve.cluster.kube_pods import PodTrouble
 from fastserve.plan.moves import Done, Wait
 from fastserve.spec import status as schemas
 from fastserve.spec.crd import crds
@@ -84,7 +85,7 @@ def test_a_cluster_that_does_not_answer_leaves_what_was_known() -> None:
 
 def test_what_is_refused_at_first_has_a_condition_and_nothing_else() -> None:
     status = status_of_object(found(), None, [], Trouble("ManifestInvalid", "spec.x: y", False), NOW)
-    assert set(status) == {"observedGeneration", "conditions"}
+    assert set(status) == {"observedGeneration", "conditions", "why"}
 
 
 def test_the_same_story_is_told_once() -> None:
@@ -112,3 +113,46 @@ def test_what_is_kept_once_is_kept_again(metrics: dict[str, Any]) -> None:
     once = pruned(schema, {"stages": {"train": {"state": "committed", "metrics": metrics, "odd": 1}}, "odd": 2})
     assert pruned(schema, once) == once
     assert "odd" not in once
+
+
+HEAD = PodTrouble("fastserve", None, "OutOfMemory", "pod h of the head: OOMKilled; raise it")
+L4 = PodTrouble("fastserve", "l4", "Unschedulable", "pod w of profile l4: no room; add one")
+
+
+def reasons(pods: list[PodTrouble], trouble: Trouble | None = None, **more: Any) -> dict[str, str]:
+    """Reasons of the conditions of a Model that trains, and serves on l4."""
+    model = found()
+    model["spec"] |= {"serve": {"profiles": ["l4"]}, "train": {"workers": [{"profile": "h100", "count": 2}]}}
+    waits = {"type": "Ready", "status": "False", "reason": "Working", "message": "It is trained."}
+    status = status_of_object(model, story(**{"conditions": [waits], **more}), [], trouble, NOW, pods=pods)
+    return {item["type"]: item["reason"] for item in status["conditions"]}
+
+
+def test_what_a_pod_says_stands_in_the_condition_that_waits_for_it() -> None:
+    starting = [{"digest": DIGEST, "state": "starting", "weight": 0, "replicas": 0, "message": ""}]
+    told = reasons([L4], revisions=starting)
+    assert told == {"Ready": "Unschedulable", "Source": "Committed", "Train": "Running", "Serve": "Unschedulable"}
+    told = reasons([HEAD], revisions=[])
+    assert told == {"Ready": "OutOfMemory", "Source": "Committed", "Train": "OutOfMemory", "Serve": "Waiting"}
+    h100 = PodTrouble("fastserve", "h100", "ImagePull", "pod w of profile h100: ImagePullBackOff")
+    assert reasons([h100], revisions=[])["Train"] == "ImagePull"
+    assert reasons([], revisions=[])["Ready"] == "Working"
+
+
+def test_a_stage_that_gets_on_and_a_model_that_answers_do_not_wait_for_a_pod() -> None:
+    train = {"state": "running", "key": "k", "attempt": 1, "progress": {"done": 3, "total": 9, "unit": "steps"}}
+    told = reasons([HEAD, L4], stages={"train": train})
+    assert told == {"Ready": "Working", "Train": "Running", "Serve": "Serving"}
+    ready = {"type": "Ready", "status": "True", "reason": "Ready", "message": "It serves."}
+    assert reasons([L4], conditions=[ready])["Ready"] == "Ready"
+
+
+def test_a_head_that_does_not_answer_says_why_where_its_pod_does() -> None:
+    silent = Trouble("ClusterFailed", "the head does not answer", True)
+    for told in (None, story()):
+        status = status_of_object(found(), told, [], silent, NOW, pods=[L4, HEAD])
+        ready = next(item for item in status["conditions"] if item["type"] == "Ready")
+        assert (ready["status"], ready["reason"]) == ("Unknown", "OutOfMemory")
+        assert ready["message"] == "pod h of the head: OOMKilled; raise it (the head does not answer)"
+    bad = Trouble("SourceNotFound", "it is not there", False)
+    assert status_of_object(found(), None, [], bad, NOW, pods=[HEAD])["conditions"][0]["reason"] == "SourceNotFound"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.errors import ManifestInvalid, NotExecutable
+from fastserve.errors import ManifestInvalid, NotExecutable, PvcNotMounted
 from fastserve.plan.executable import check, check_access_key
 from fastserve.plan.facts import Hardware
 from fastserve.spec.model import AccessKey, HardwareProfile
@@ -195,3 +195,13 @@ def test_limits_of_a_key_that_nobody_keeps_are_refused():
         "spec.maxParallel",
         "spec.tokenBudget",
     ]
+
+
+def test_a_claim_that_the_pods_have_is_a_source_as_any_other(model):
+    found = model(source="pvc://weights/model", train=DATA | {"validation": {"data": "pvc://rows/held"}})
+    check(found, claims={"weights", "rows"})
+    with pytest.raises(PvcNotMounted, match=r"the claim rows is not mounted \(weights\).*ray\.sourceClaims") as caught:
+        check(found, claims={"weights"})
+    assert [problem.path for problem in caught.value.problems] == ["spec.train.validation.data"]
+    with pytest.raises(PvcNotMounted, match="none is"):
+        check(found, claims=())
