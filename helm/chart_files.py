@@ -38,6 +38,9 @@ _ACCELERATOR = {
 }
 ITEMS: dict[str, dict[str, Any]] = {
     "image.pullSecrets": {"type": "string"},
+    "ray.tokenSecrets": _NAME,
+    "ray.sourceClaims": _NAME,
+    "networkPolicies.dnsPorts": {"type": "integer", "minimum": 1, "maximum": 65535},
     "networkPolicies.egressPorts": {"type": "integer", "minimum": 1, "maximum": 65535},
     "networkPolicies.egressCidrs": {"type": "string"},
     "ray.profiles": {

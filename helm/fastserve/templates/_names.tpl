@@ -46,7 +46,7 @@ capabilities: {drop: [ALL]}
 {{- with .image.pullSecrets }}
 imagePullSecrets:
 {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -76,14 +76,14 @@ tolerations:
 {{- define "fastserve.storeVolume" -}}
 {{- if include "fastserve.onClaim" . }}
 - name: store
-  persistentVolumeClaim: {claimName: {{ .store.claimName | default "fastserve-store" }}}
+  persistentVolumeClaim: {claimName: {{ .store.claimName | default "fastserve-store" | quote }}}
 {{- end }}
 {{- end -}}
 
 {{- define "fastserve.storeEnv" -}}
 {{- with .store.secretName }}
 envFrom:
-  - secretRef: {name: {{ . }}}
+  - secretRef: {name: {{ . | quote }}}
 {{- end }}
 {{- end -}}
 
