@@ -11,7 +11,7 @@ KINDS = {
     "main": ("main",),
     "gateway": ("gateway",),
     "serving": ("scheduler", "path", "coldstart", "profiles", "day", "rollout"),
-    "kubernetes": ("steady",),
+    "kubernetes": ("steady", "many", "kills", "losses", "first"),
     "training": ("training",),
 }
 MODULES = {
@@ -21,6 +21,10 @@ MODULES = {
     "profiles": "two_profiles",
     "day": "day_trace",
     "steady": "operator_steady",
+    "many": "operator_many",
+    "kills": "operator_kills",
+    "losses": "operator_losses",
+    "first": "first_token",
 }
 """Where a part's module has another name than the part."""
 

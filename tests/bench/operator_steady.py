@@ -1,7 +1,7 @@
 """What the operator costs while nothing happens: many Models on a real API server, every one of them done.
 
 Their one artifact lies in the store before the operator starts, so no Ray is needed and nothing but the operator's own
-work is measured. FASTSERVE_BENCH_MODELS sets how many there are.
+work is measured. FASTSERVE_BENCH_MODELS sets how many there are; `operator_many` has ten times as many.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ PATH = "/apis/fastserve.dev/v1alpha1/namespaces/default/models"
 
 
 def run() -> Iterator[Figure]:
-    """Processor time, memory, and how long a change takes to be seen."""
+    """About a minute and a half."""
+    yield from measured(MODELS, aims=True)
+
+
+def measured(models: int, aims: bool) -> Iterator[Figure]:
+    """Processor time, memory, and how long a change takes to be seen. aims: whether there is something to meet."""
     sys.path[:0] = [str(ROOT / "tests/kube"), str(ROOT / "tests/doubles")]
     from control_plane import control_plane
     from kubernetes_binaries import WHAT_TO_DO, present
@@ -50,23 +55,27 @@ def run() -> Iterator[Figure]:
         cluster.kubectl("apply", "-f", str(ROOT / "helm/fastserve/crds"))
         cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd/models.fastserve.dev")
         source = _made(folder)
-        for number in range(MODELS):
+        for number in range(models):
             cluster.api.post(PATH, json=_wish(f"m{number:05d}", source)).raise_for_status()
         operator = stack.enter_context(_operator(folder, cluster.kubeconfig))
         stack.callback(operator.terminate)
         began = time.monotonic()
-        while _ready(cluster) < MODELS:
-            time.sleep(2)
-        yield Figure(f"{MODELS} models known anew", time.monotonic() - began, "s")
+        while _ready(cluster) < models:
+            time.sleep(2 * models / 1000)  # to list them all is work for the API server, too
+        yield Figure(f"{models} models known anew", time.monotonic() - began, "s")
         time.sleep(10)
         process = psutil.Process(operator.pid)
         before, at = process.cpu_times(), time.monotonic()
         time.sleep(STEADY_SECONDS)
         after, seconds = process.cpu_times(), time.monotonic() - at
         share = 100 * (after.user + after.system - before.user - before.system) / seconds
-        yield below(f"operator, {MODELS} models steady", share, "% of a core", 5)
-        yield below(f"operator, {MODELS} models", process.memory_info().rss / 1e6, "MB", 250)
-        yield below("a change is seen after (median)", statistics.median(_seen(cluster) for _ in range(PROBES)), "s", 5)
+        seen = statistics.median(_seen(cluster) for _ in range(PROBES))
+        for name, value, unit, limit in (
+            (f"operator, {models} models steady", share, "% of a core", 5.0),
+            (f"operator, {models} models", process.memory_info().rss / 1e6, "MB", 250.0),
+            (f"a change among {models} models is seen after (median)", seen, "s", 5.0),
+        ):
+            yield below(name, value, unit, limit) if aims else Figure(name, value, unit)
 
 
 def _made(folder: Path) -> str:

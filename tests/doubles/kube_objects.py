@@ -1,8 +1,8 @@
 """A small API server on loopback: objects with resourceVersion, generation, finalizers and owners, over real HTTP.
 
-As far as the operator asks: get, list by label, create, JSON merge patch with a resourceVersion, server-side apply of
-the status, delete with garbage collection. Nothing is admitted or validated here; `tests/kube` does that with the real
-server.
+As far as the operator and the command line ask: get, list by label, create, JSON merge patch with a resourceVersion,
+server-side apply (by one manager alone), delete with garbage collection. Nothing is admitted or validated here;
+`tests/kube` does that with the real server.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -70,8 +71,12 @@ class KubeObjects:
                 return self._read(path, query)
             if method == "POST":
                 return self._create(path, body)
-            if content == "application/apply-patch+yaml":
+            if method == "DELETE":
+                return self._delete(path)
+            if content == "application/apply-patch+yaml" and path.endswith("/status"):
                 return self._apply_status(path.removesuffix("/status"), body)
+            if content == "application/apply-patch+yaml":
+                return self._apply(path, body, dry_run="dryRun" in query)
             return self._merge(path, body)
 
     def _read(self, path: str, query: dict[str, list[str]]) -> tuple[int, Any]:
@@ -112,6 +117,25 @@ class KubeObjects:
         self._collect()
         return 200, answer
 
+    def _delete(self, path: str) -> tuple[int, Any]:
+        if path not in self.objects:
+            return 404, {"message": f"{path} not found"}
+        self.objects[path]["metadata"]["deletionTimestamp"] = "2027-01-01T00:00:00Z"
+        self._stamp(path)
+        self._collect()
+        return 200, {"status": "Success"}
+
+    def _apply(self, path: str, body: Object, dry_run: bool) -> tuple[int, Any]:
+        had = self.objects.get(path)
+        wanted = had is None or had.get("spec") != body.get("spec")
+        before = (had or {}).get("metadata", {"uid": f"uid-{next(self._numbers)}", "generation": 0})
+        metadata = {**before, **body["metadata"], "generation": before["generation"] + int(wanted)}
+        applied = {**(had or {}), **copy.deepcopy(body), "metadata": metadata}
+        if dry_run:
+            return 200, applied
+        self.objects[path] = applied
+        return (201 if had is None else 200), copy.deepcopy(self._stamp(path) if wanted else applied)
+
     def _apply_status(self, path: str, body: Object) -> tuple[int, Any]:
         found = self.objects.get(path)
         if found is None:
@@ -141,7 +165,18 @@ class KubeObjects:
                 del self.objects[path]
 
 
-PLURALS = {"models", "accesskeys", "hardwareprofiles", "configmaps", "secrets", "events", "leases", "rayclusters"}
+PLURALS = {
+    "pods",
+    "models",
+    "accesskeys",
+    "hardwareprofiles",
+    "configmaps",
+    "secrets",
+    "events",
+    "leases",
+    "rayclusters",
+    "namespaces",
+}
 """Last words of the paths that are collections; no object of a test has such a name."""
 
 
@@ -186,7 +221,7 @@ def served(objects: KubeObjects) -> Iterator[KubeApi]:
             self.end_headers()
             self.wfile.write(text)
 
-        do_GET = do_POST = do_PATCH = _do  # noqa: N815
+        do_GET = do_POST = do_PATCH = do_DELETE = _do  # noqa: N815
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
@@ -203,3 +238,21 @@ def served(objects: KubeObjects) -> Iterator[KubeApi]:
             server.shutdown()
             server.server_close()
             thread.join()
+
+
+def kubeconfig(api: KubeApi, path: Path, namespace: str = "demo") -> Path:
+    """A file that leads to the server, as somebody's kubeconfig does: context `small`, and one that leads nowhere."""
+    server = api._client.configuration.host
+    clusters = {"small": server, "gone": "http://127.0.0.1:9"}
+    value = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": name, "cluster": {"server": place}} for name, place in clusters.items()],
+        "users": [{"name": "me", "user": {"token": "t"}}],
+        "contexts": [
+            {"name": name, "context": {"cluster": name, "user": "me", "namespace": namespace}} for name in clusters
+        ],
+        "current-context": "small",
+    }
+    path.write_text(json.dumps(value))
+    return path

@@ -10,7 +10,6 @@ import datetime
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import time
 import traceback
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers  # noqa: F401 - imported before forking, so that no rank does it again
+
+from fastserve.cluster.processes import free_port
 
 GRACE_SECONDS = 0.5
 """After a failure, how long the other ranks may still answer: the one heard first need not be the cause."""
@@ -40,7 +41,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
     Raises RankFailed with the traceback of the first rank that raised. Whatever happens, no process is left behind.
     """
     context = multiprocessing.get_context("fork")
-    port = _free_port()
+    port = free_port()
     ranks: list[tuple[Any, Connection]] = []
     try:
         for rank in range(size):
@@ -61,12 +62,6 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
                 process.kill()
                 process.join()
             process.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _rank(

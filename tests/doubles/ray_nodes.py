@@ -63,10 +63,10 @@ class Node:
             self._process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while self._count() <= before:
             assert self._process.poll() is None, f"the node of {profile} ended with {self._process.returncode}"
-            assert time.monotonic() < deadline, f"the node of {profile} did not join in 60 s"
+            assert time.monotonic() < deadline, f"the node of {profile} did not join in 300 s"
             time.sleep(0.2)
 
     def _count(self) -> int:
@@ -77,7 +77,7 @@ class Node:
 
     def wait(self) -> None:
         """Until it has ended, as it does with its head."""
-        self._process.wait(60)
+        self._process.wait(300)
 
     def pull_the_plug(self) -> None:
         """End it and all that runs on it without a word."""

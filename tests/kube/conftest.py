@@ -52,7 +52,7 @@ def definitions(cluster: Cluster) -> Iterator[Cluster]:
     cluster.established(*names)
     yield cluster
     if not isinstance(cluster, ControlPlane):
-        cluster.kubectl("delete", "crd", "--timeout=60s", *names)
+        cluster.kubectl("delete", "crd", "--timeout=300s", *names)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def ray_definitions(definitions: Cluster, require: Callable[[str], str]) -> Iter
         definitions.established(name)
     yield definitions
     if not there and not isinstance(definitions, ControlPlane):
-        definitions.kubectl("delete", "crd", "--timeout=60s", name)
+        definitions.kubectl("delete", "crd", "--timeout=300s", name)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from fastserve.spec.crd import crds
 from fastserve.spec.load import read, read_file
 from fastserve.spec.model import GROUP
 
-pytestmark = [pytest.mark.kube, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.kube, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 CRDS = ROOT / "helm/fastserve/crds"
@@ -194,7 +194,16 @@ class TestHabits:
         [
             (
                 "20-kubeai-habits.yaml",
-                ["url", "features", "engine", "args", "minReplicas", "maxReplicas", "resourceProfile"],
+                [
+                    "url",
+                    "features",
+                    "engine",
+                    "args",
+                    "minReplicas",
+                    "maxReplicas",
+                    "resourceProfile",
+                    "targetRequests",
+                ],
             ),
             ("20-kserve-habits.yaml", ["predictor"]),
         ],
@@ -204,7 +213,7 @@ class TestHabits:
         assert done.returncode == 1
         assert sorted(re.findall(r'unknown field "(.+?)"', done.stderr)) == sorted(f"spec.{key}" for key in keys)
         left = door.cluster.kubectl("get", "models", "-n", door.namespace, "-o", "name").stdout
-        assert "helpdesk" not in left
+        assert "moved-in" not in left
 
     @pytest.mark.parametrize("file", ["20-kubeai-habits.yaml", "20-kserve-habits.yaml"])
     def test_without_validation_what_is_missing_is_named(self, door: Door, file: str) -> None:
@@ -227,10 +236,11 @@ class TestScalars:
     def test_right_forms_have_the_same_values(self, door: Door) -> None:
         file = CASES / "21-scalars.yaml"
         done = door.cluster.kubectl("apply", "-n", door.namespace, "--dry-run=server", "-o", "json", "-f", str(file))
-        parcels, key = (item["spec"] for item in json.loads(done.stdout)["items"])
-        train = parcels["train"]
-        assert (train["learningRate"], train["steps"], train["batchTokens"]) == (0.0002, 100000, 65536)
-        assert (key["tokenBudget"]["tokens"], key["expires"]) == (500000000, "2027-06-30")
+        bond, key = (item["spec"] for item in json.loads(done.stdout)["items"])
+        train = bond["train"]
+        assert (train["learningRate"], train["steps"], train["batchTokens"]) == (0.0002, 100000, 131072)
+        assert (bond["source"]["revision"], bond["serve"]["engine"]["prefixCaching"]) == ("1e5f2c", True)
+        assert (key["tokenBudget"]["tokens"], key["expires"]) == (2500000000, "2031-01-09")
 
     @pytest.mark.parametrize(
         "written", ["2e-4", "2.0e-4", "0.0002", "2E-4", "5e8", "1e5", "65_536", "0x10", "0o17", "017", "+3"]

@@ -17,7 +17,7 @@ from fastserve.spec.serve import Serve
 from fastserve.spec.shape import fields_of
 from fastserve.spec.train import Train
 
-pytestmark = [pytest.mark.kube, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.kube, pytest.mark.timeout(900)]
 
 SMALLEST = f"""\
 apiVersion: {API_VERSION}
@@ -87,7 +87,7 @@ def test_a_line_tells_the_story(kubectl: Shell) -> None:
     assert heading == ["NAME", "STAGE", "READY", "REPLICAS", "REVISION", "URL", "REASON", "AGE"]
     assert line[:-1] == ["small", "serve", "True", "1", "0123abcd", "http://g/v1", "Ready"]
     assert kubectl("get", "fsm", "-o", "name") == kubectl("get", "fastserve", "-o", "name")
-    assert "condition met" in kubectl("wait", "--for=condition=Ready", "model/small", "--timeout=10s")
+    assert "condition met" in kubectl("wait", "--for=condition=Ready", "model/small", "--timeout=300s")
 
 
 def test_status_and_wishes_have_doors_of_their_own(kubectl: Shell) -> None:

@@ -10,8 +10,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from control_plane import Cluster, ControlPlane
+from operator_process import LEASE_SECONDS, Operator, answered, pipeline, stages, tending
 from tiny import tiny_model, tiny_rows
 
 from fastserve.cluster.home import Home
@@ -29,7 +30,6 @@ from fastserve.cluster.ray_serve import ServeApi
 pytestmark = pytest.mark.kube
 
 KILLS = 4
-LEASE_SECONDS = 3
 
 
 @pytest.fixture(scope="module")
@@ -55,112 +55,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@dataclass
-class Operator:
-    """One operator at a time, and the namespace that it tends."""
-
-    cluster: Cluster
-    account: Path
-    """Kubeconfig of the account that the chart gives the operator: it may no more than it needs."""
-
-    namespace: str
-    folder: Path
-    head: Endpoint
-    _process: subprocess.Popen[bytes] | None = field(default=None)
-
-    def start(self) -> None:
-        """Start the process; it acts as soon as the lease of one that was killed is up."""
-        words = [
-            *(sys.executable, "-m", "fastserve_operator", "--namespace", self.namespace),
-            *("--store", str(self.folder / "store"), "--scratch", str(self.folder / "scratch")),
-            *("--ray-address", self.head.dashboard_url, "--ray-token-file", str(self.head.token_path)),
-            *("--serve-url", self.head.serve_url, "--stage-python", self.head.python),
-            *("--lease-seconds", str(LEASE_SECONDS)),
-        ]
-        environment = {**os.environ, "KUBECONFIG": str(self.account)}
-        with open(self.folder / "operator.log", "ab") as log:
-            self._process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        assert self._process is not None
-        assert self._process.poll() is None, f"it ended by itself: {self.log()[-2000:]}"
-        self._process.kill()
-        self._process.wait()
-
-    def stop(self) -> None:
-        """SIGTERM, as Kubernetes sends it; it ends in time."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            assert self._process.wait(30) == 0, self.log()[-2000:]
-
-    def log(self) -> str:
-        """What all of them said."""
-        return (self.folder / "operator.log").read_text()
-
-    def kubectl(self, *words: str, text: str | None = None, check: bool = True) -> str:
-        """kubectl in this namespace."""
-        return self.cluster.kubectl("-n", self.namespace, *words, text=text, check=check).stdout
-
-    def apply(self, kind: str, name: str, spec: dict[str, Any]) -> None:
-        """Apply an object."""
-        value = {"apiVersion": "fastserve.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec}
-        self.kubectl("apply", "-f", "-", text=json.dumps(value))
-
-    def condition(self, what: str, kind: str = "Ready") -> dict[str, Any]:
-        """A condition of an object; empty while there is none."""
-        status = json.loads(self.kubectl("get", what, "-o", "json")).get("status", {})
-        return next((item for item in status.get("conditions", []) if item["type"] == kind), {})
-
-    def until(self, true: Callable[[], object], what: str, seconds: float) -> None:
-        """Wait for something to become true."""
-        end = time.monotonic() + seconds
-        while not true():
-            assert time.monotonic() < end, f"after {seconds:.0f} s: {what}\n{self.log()[-3000:]}"
-            time.sleep(0.2)
-
-    def left(self) -> list[str]:
-        """Objects of ours in the namespace, but for the gateway's, which are the namespace's own."""
-        named = self.kubectl("get", "models,accesskeys,configmaps,secrets", "-o", "name").split()
-        return [name for name in named if "kube-root-ca.crt" not in name and "fastserve-gateway" not in name]
-
-
 @pytest.fixture
 def operator(
     definitions: Cluster, operator_kubeconfig: Path, namespace: str, head: Endpoint, tmp_path: Path
 ) -> Iterator[Operator]:
-    found = Operator(definitions, operator_kubeconfig, namespace, tmp_path, head)
-    try:
+    with tending(Operator(definitions, operator_kubeconfig, namespace, tmp_path, head)) as found:
         yield found
-    finally:
-        found.kubectl("delete", "models,accesskeys", "--all", "--wait=false", check=False)
-        with contextlib.suppress(AssertionError):
-            found.until(lambda: not found.kubectl("get", "models", "-o", "name"), "models are left", 30)
-        found.stop()
-
-
-def pipeline(files: Path) -> dict[str, Any]:
-    return {
-        "source": f"file://{files}/model",
-        "train": {
-            "method": "lora",
-            "dataset": f"file://{files}/train.jsonl",
-            "epochs": 1,
-            "batchTokens": 512,
-            "maxLength": 64,
-        },
-        "compress": [{"quantize": {"format": "int8"}}],
-        "evaluate": {"data": f"file://{files}/held.jsonl"},
-    }
-
-
-def stages(operator: Operator) -> set[str]:
-    """Stages that have an artifact; none has two."""
-    found = [
-        json.loads(path.read_text())["stage"] for path in operator.folder.glob("store/*/artifacts/*/*/record.json")
-    ]
-    assert len(set(found)) == len(found), f"a stage has two artifacts: {found}"
-    return set(found)
 
 
 def test_a_pipeline_comes_about_once_however_often_the_operator_is_killed(
@@ -174,7 +74,7 @@ def test_a_pipeline_comes_about_once_however_often_the_operator_is_killed(
         time.sleep(moments.uniform(1.0, LEASE_SECONDS + 6.0))
         operator.kill()
     operator.start()
-    operator.kubectl("wait", "--for=condition=Ready", "model/tiny", "--timeout=110s")
+    operator.kubectl("wait", "--for=condition=Ready", "model/tiny", "--timeout=300s")
     assert stages(operator) == {"source", "train", "compress", "evaluate"}
     jobs = [name for name in Jobs(head.dashboard_url, head.token).all() if name.startswith("tiny-")]
     assert len(jobs) == 4, f"a stage ran twice, seed {seed}: {jobs}"
@@ -184,14 +84,9 @@ def test_a_pipeline_comes_about_once_however_often_the_operator_is_killed(
     ours = [item for item in told if item["involvedObject"]["name"] == "tiny"]
     assert {"Working", "Ready"} <= {item["reason"] for item in ours}
     assert len(ours) <= 20, "one a decision, not one a beat"
-    operator.kubectl("delete", "model/tiny", "--timeout=60s")
+    operator.kubectl("delete", "model/tiny", "--timeout=300s")
     operator.until(lambda: not operator.left(), f"left: {operator.left()}", 30)
     assert len(stages(operator)) == 4, "artifacts stay"
-
-
-def answered(operator: Operator, what: str) -> bool:
-    """Whether an object was surveyed."""
-    return operator.condition(what).get("reason") not in (None, "Surveying")
 
 
 def test_what_cannot_run_is_a_condition_within_seconds_and_hinders_nobody(operator: Operator, files: Path) -> None:
@@ -215,15 +110,15 @@ def test_what_cannot_run_is_a_condition_within_seconds_and_hinders_nobody(operat
         operator.until(partial(answered, operator, f"model/{name}"), f"{name} has no answer", 10)
         told = operator.condition(f"model/{name}")
         assert (told["status"], told["reason"], told["observedGeneration"]) == ("False", reason, 1), told
-    operator.kubectl("wait", "--for=condition=Ready", "model/good", "accesskey/team", "--timeout=60s")
+    operator.kubectl("wait", "--for=condition=Ready", "model/good", "accesskey/team", "--timeout=300s")
     key = json.loads(operator.kubectl("get", "secret/team-key", "-o", "json"))
     value = base64.b64decode(key["data"]["key"]).decode()
     assert value.startswith("fs-")
     everything = operator.kubectl("get", "models,accesskeys,configmaps,events", "-o", "yaml") + operator.log()
     assert value not in everything
     operator.apply("Model", "nowhere", good)  # mended, and the artifact is there: another Model made it
-    operator.kubectl("wait", "--for=condition=Ready", "model/nowhere", "--timeout=60s")
-    operator.kubectl("delete", "models,accesskeys", "--all", "--timeout=60s")
+    operator.kubectl("wait", "--for=condition=Ready", "model/nowhere", "--timeout=300s")
+    operator.kubectl("delete", "models,accesskeys", "--all", "--timeout=300s")
     operator.until(lambda: not operator.left(), f"left: {operator.left()}", 30)
 
 
@@ -257,7 +152,7 @@ def test_a_served_model_answers_through_the_gateway_that_reads_the_config_map(
     operator.start()
     operator.apply("Model", "chat", {"source": f"file://{files}/model", "serve": {"context": 1024}})
     operator.apply("AccessKey", "team", {"models": ["chat"]})
-    operator.kubectl("wait", "--for=condition=Ready", "model/chat", "accesskey/team", "--timeout=200s")
+    operator.kubectl("wait", "--for=condition=Ready", "model/chat", "accesskey/team", "--timeout=300s")
     status = json.loads(operator.kubectl("get", "model/chat", "-o", "json"))["status"]
     assert (status["replicas"], status["stage"]) == (1, "-")
     assert status["url"] == f"http://fastserve-gateway.{operator.namespace}.svc:8100/v1"
@@ -266,11 +161,11 @@ def test_a_served_model_answers_through_the_gateway_that_reads_the_config_map(
     with gateway(operator) as base:
         body = {"model": "chat", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
         headers = {"Authorization": f"Bearer {key}"}
-        answer = httpx.post(f"{base}/v1/chat/completions", json=body, headers=headers, timeout=60)
+        answer = httpx.post(f"{base}/v1/chat/completions", json=body, headers=headers, timeout=300)
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["completion_tokens"] > 0
-        assert httpx.post(f"{base}/v1/chat/completions", json=body, timeout=10).status_code == 401
-    operator.kubectl("delete", "model/chat", "accesskey/team", "--timeout=60s")
+        assert httpx.post(f"{base}/v1/chat/completions", json=body, timeout=300).status_code == 401
+    operator.kubectl("delete", "model/chat", "accesskey/team", "--timeout=300s")
     operator.until(lambda: not operator.left(), f"left: {operator.left()}", 30)
     assert ServeApi(head.dashboard_url, head.token).get() == {}
     assert orders(operator)["models"] == {}
@@ -303,4 +198,4 @@ def gateway(operator: Operator) -> Iterator[str]:
         yield base
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(300)

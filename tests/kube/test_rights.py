@@ -17,7 +17,7 @@ from control_plane import Cluster
 from fastserve.gateway import config as gateway_config
 from fastserve.spec.model import API_VERSION
 
-pytestmark = [pytest.mark.kube, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.kube, pytest.mark.timeout(900)]
 
 NOBODY = "http://127.0.0.1:9"
 """No head answers there: what needs one is told as a condition, and all else goes on."""
@@ -43,7 +43,7 @@ class Tended:
     def ready(self, what: str, key: str = "reason") -> str:
         return self.kubectl("get", what, "-o", READY.replace("REASON", key))
 
-    def until(self, true: Callable[[], Any], seconds: float = 60) -> Any:
+    def until(self, true: Callable[[], Any], seconds: float = 300) -> Any:
         end = time.monotonic() + seconds
         while not (found := true()):
             assert time.monotonic() < end, self.log.read_text()[-3000:]
@@ -64,7 +64,7 @@ def tended(definitions: Cluster, namespace: str, operator_kubeconfig: Path, tmp_
         yield Tended(definitions, namespace, log)
     finally:
         process.terminate()
-        ended = process.wait(40)
+        ended = process.wait(300)
     said = log.read_text()
     assert ended == 0, said[-3000:]
     assert "orbidden" not in said
