@@ -10,8 +10,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
-TIERS = ("ray", "e2e", "s3", "kube")
+# No deadline for an example: a machine that is busy, or stands still for a while, makes nothing wrong.
+_usual = settings.get_profile("ci" if os.environ.get("CI") == "true" else "default")
+settings.register_profile("patient", _usual, deadline=None)
+settings.load_profile("patient")
+
+TIERS = ("ray", "e2e", "s3", "kube", "cluster")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

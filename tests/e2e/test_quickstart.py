@@ -1,5 +1,6 @@
 """The README's manifest, lived through: from nothing to an answer, and again, and changed, and rolled back."""
 
+import contextlib
 import json
 import re
 import time
@@ -57,22 +58,22 @@ def test_without_a_key_nothing_answers(shared_laptop: Laptop, first: str) -> Non
     assert httpx.get(f"{url}/models").status_code == 401
     key = shared_laptop.json("keys", "create", "team", "--model", "quickstart")["key"]
     headers = {"Authorization": f"Bearer {key}"}
-    shared_laptop.until(lambda: httpx.get(f"{url}/models", headers=headers).status_code == 200, "the key opens", 10)
+    shared_laptop.until(lambda: httpx.get(f"{url}/models", headers=headers).status_code == 200, "the key opens")
     assert [model["id"] for model in httpx.get(f"{url}/models", headers=headers).json()["data"]] == ["quickstart"]
     shared_laptop.run("keys", "revoke", "team")
-    shared_laptop.until(
-        lambda: httpx.get(f"{url}/models", headers=headers).status_code == 401, "the key is revoked", 10
-    )
+    shared_laptop.until(lambda: httpx.get(f"{url}/models", headers=headers).status_code == 401, "the key is revoked")
 
 
 def test_no_prompt_is_in_a_log(shared_laptop: Laptop, first: str) -> None:
     marker = "zyzzogeton-7f3a"
     shared_laptop.chat("quickstart", f"Say {marker}")
-    time.sleep(1)
-    logs = [*shared_laptop.home.path.glob("logs/*"), *Path(f"/tmp/fastserve-{shared_laptop.home.id}").rglob("*.log")]
-    assert logs
-    for path in logs:
-        assert marker not in path.read_text(errors="replace"), f"the prompt stands in {path.name}"
+    time.sleep(1)  # logs are written a moment later
+    (ray,) = shared_laptop.scratch()
+    ours, rays = shared_laptop.home.path.glob("logs/*"), [*ray.glob("session_2*/logs/**/*"), *ray.glob("*/*.log")]
+    assert any("replica" in path.name for path in rays)
+    for path in [*ours, *rays]:
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # Ray makes and moves files as it likes
+            assert marker not in path.read_text(errors="replace"), f"the prompt stands in {path.name}"
 
 
 def test_a_change_under_serve_retrains_nothing_and_a_rollback_moves_the_pointer(
@@ -89,7 +90,7 @@ def test_a_change_under_serve_retrains_nothing_and_a_rollback_moves_the_pointer(
     assert _serving(shared_laptop) == old
     assert "Paris" in shared_laptop.chat("quickstart", QUESTION)
     # First it says that the newer revision is taken away.
-    shared_laptop.until(lambda: "rolled back" in shared_laptop.run("why", "quickstart").stdout, "why says so", 60)
+    shared_laptop.until(lambda: "rolled back" in shared_laptop.run("why", "quickstart").stdout, "why says so")
 
 
 def test_an_unchanged_run_after_down_runs_no_stage(shared_laptop: Laptop, first: str) -> None:

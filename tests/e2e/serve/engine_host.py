@@ -1,12 +1,14 @@
 """A replica's engine and server without Serve: one process, its HTTP port, and its own methods as routes.
 
-python engine_host.py MODEL PORT SECTION RANKS: SECTION is the serve section as JSON, RANKS a JSON list of ranks.
+python engine_host.py MODEL SOCKET SECTION RANKS: SOCKET is the descriptor of a bound socket (a port that was only
+looked for could be taken by the time the engine is loaded), SECTION the serve section as JSON, RANKS a JSON list.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ class Host:
         return "well"
 
 
-async def main(model: Path, port: int, section: dict[str, Any], ranks: list[int]) -> None:
+async def main(model: Path, bound: socket.socket, section: dict[str, Any], ranks: list[int]) -> None:
     revision = Revision("chat", Stage.SOURCE, "k" * 64, "d" * 64, deciding(Serve.model_validate(section), ranks))
     keep_on_loopback()
     serving.prepare_environment(engine_env(revision, MACHINE))
@@ -61,11 +63,12 @@ async def main(model: Path, port: int, section: dict[str, Any], ranks: list[int]
     server = serving.EngineServer()
     await server.start(model, engine_args(revision, describe(model), MACHINE))
     watch = asyncio.get_running_loop().create_task(server.exit_when_dead())
-    config = uvicorn.Config(Host(server), host="127.0.0.1", port=port, log_level="warning", lifespan="off")
-    await uvicorn.Server(config).serve()
+    config = uvicorn.Config(Host(server), log_level="warning", lifespan="off")
+    await uvicorn.Server(config).serve([bound])
     watch.cancel()
     await server.stop()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])))
+    bound = socket.socket(fileno=int(sys.argv[2]))
+    asyncio.run(main(Path(sys.argv[1]), bound, json.loads(sys.argv[3]), json.loads(sys.argv[4])))

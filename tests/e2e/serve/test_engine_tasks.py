@@ -3,15 +3,14 @@ speech; and how it is found when it is stuck."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tiny_whisper import tone, write_tiny_whisper
 
 from fastserve.cluster.processes import clean_environment
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 HOST = Path(__file__).with_name("engine_host.py")
 SECTION = {"context": 512, "engine": {"maxSequences": 4, "kvCache": "32MiB", "dtype": "float32"}}
@@ -46,19 +45,18 @@ class Engine:
     """The host process and a client of it."""
 
     def __init__(self, model: Path, section: dict[str, Any], *ranks: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, str(HOST), str(model), str(port), json.dumps(section), json.dumps(ranks)]
         self.log = model.parent / "host.log"
         env = clean_environment({"FASTSERVE_CHECK_SECONDS": str(STUCK_SECONDS)})
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-        deadline = time.monotonic() + 180
+        with socket.socket() as bound, self.log.open("wb") as log:
+            bound.bind(("127.0.0.1", 0))
+            port, number = bound.getsockname()[1], bound.fileno()
+            command = [sys.executable, str(HOST), str(model), str(number), json.dumps(section), json.dumps(ranks)]
+            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, pass_fds=[number])
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300)
+        deadline = time.monotonic() + 300
         while True:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             try:
                 self.client.get("/health")
                 return
@@ -69,7 +67,10 @@ class Engine:
         self.client.close()
         if self.process.poll() is None:
             self.process.terminate()
-            self.process.wait(30)
+            try:
+                self.process.wait(60)
+            finally:
+                self.process.kill()
 
     def ask(self, model: str = "chat", **more: Any) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 24, "temperature": 0}
@@ -151,7 +152,7 @@ def test_a_request_that_runs_ends_with_the_adapter_that_it_began_with(engine: En
     while not engine.client.get("/_stats").json()["running"] and thread.is_alive():
         time.sleep(0.01)
     assert engine.adapters() == []
-    thread.join(60)
+    thread.join(300)
     assert found == [whole]
 
 
@@ -199,17 +200,18 @@ def test_an_answer_follows_its_schema_and_a_bad_schema_hurts_nobody(engine: Engi
 
 def test_the_signals_follow_the_engine(engine: Engine) -> None:
     engine.ask(max_tokens=100)
+    until(lambda: engine.client.get("/_stats").json()["running"] == 0, "the last request is counted as over")
     found = engine.client.get("/_stats").json()
     assert found["slots"] == 4
     assert found["running"] == found["waiting"] == 0
-    assert found["tokens_per_s"] >= 10
+    assert found["tokens_per_s"] > 0
     assert found["ttft_ms"] > 0
     assert 0 <= found["kv_use"] <= 1
 
 
 def test_an_engine_that_is_stuck_with_requests_in_it_ends_with_its_replica(engine: Engine) -> None:
     """The last test of this engine."""
-    (core,) = [child for child in psutil.Process(engine.process.pid).children() if "EngineCore" in child.name()]
+    core = psutil.Process(core_of(engine))
     failed: list[bool] = []
 
     def ask() -> None:
@@ -218,14 +220,30 @@ def test_an_engine_that_is_stuck_with_requests_in_it_ends_with_its_replica(engin
         except httpx.TransportError:
             failed.append(True)
 
-    os.kill(core.pid, signal.SIGSTOP)
-    thread = threading.Thread(target=ask)
-    thread.start()
-    time.sleep(0.5)
     began = time.monotonic()
+    core.suspend()
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    time.sleep(0.5)  # usually its request is there by now; if not, the check asks one of its own
     assert "no sign of life" in engine.client.get("/_check").json()
-    assert engine.process.wait(20) == 1
+    assert engine.process.wait(120) == 1
     assert time.monotonic() - began >= STUCK_SECONDS
-    thread.join(30)
+    thread.join(300)
     assert failed == [True]
-    assert not core.is_running() or core.status() == psutil.STATUS_ZOMBIE
+    until(lambda: not core.is_running() or core.status() == psutil.STATUS_ZOMBIE, "the engine ends, too")
+
+
+def core_of(engine: Engine) -> int:
+    """Process of the engine's core."""
+    children = psutil.Process(engine.process.pid).children()
+    (found,) = [child.pid for child in children if "EngineCore" in f"{child.name()} {child.cmdline()}"]
+    return found
+
+
+def until(true: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    """Wait for something to become true, or for a process that it asks to be gone."""
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while not true():
+            assert time.monotonic() < deadline, f"after {seconds:.0f} s: {what}"
+            time.sleep(0.05)

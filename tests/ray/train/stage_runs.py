@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,8 +63,8 @@ def ray_cluster(script: str) -> Iterator[Cluster]:
     }
     environment.pop("RAY_ADDRESS", None)
     # Ray's sockets lie below its temporary folder, and their paths may be 107 bytes long.
-    folder = Path("/tmp") / f"fs-ray-{os.getpid()}"
-    (folder / "ray").mkdir(parents=True)  # where Ray notes the address of the newest cluster, but does not make it
+    folder = Path(tempfile.mkdtemp(prefix="fs-ray-", dir="/tmp"))
+    (folder / "ray").mkdir()  # where Ray notes the address of the newest cluster, but does not make it
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(folder / "ray")],
         env={**environment, "RAY_TMPDIR": str(folder)},
@@ -80,8 +81,11 @@ def ray_cluster(script: str) -> Iterator[Cluster]:
         yield Cluster(address, process, {**environment, "RAY_ADDRESS": address})
     finally:
         process.stdin.close()
-        process.wait(timeout=60)
-        process.stdout.close()
+        try:
+            process.wait(timeout=120)
+        finally:
+            process.kill()
+            process.stdout.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -123,7 +127,7 @@ class Run:
         text = attempts.read_curve(self.store, Stage.TRAIN, self.request.key).decode()
         return {row["step"]: row["loss"] for row in map(json.loads, text.splitlines())}
 
-    def until(self, reached: Callable[[], bool], timeout_seconds: float = 180) -> None:
+    def until(self, reached: Callable[[], bool], timeout_seconds: float = 600) -> None:
         """Wait; the log is shown when the attempt ends or hangs before."""
         end = time.monotonic() + timeout_seconds
         while not reached():
@@ -133,7 +137,7 @@ class Run:
 
     def record(self) -> Record:
         """Wait for the end, which must be a committed artifact."""
-        if self.process.wait(timeout=300) != 0:
+        if self.process.wait(timeout=900) != 0:
             pytest.fail(self.log.read_text()[-6000:])
         record = attempts.find(self.store, Stage.TRAIN, self.request.key)
         assert record is not None

@@ -9,9 +9,11 @@ import pytest
 from stage_runs import Cluster, Run, Starter, curve, ray_cluster, store_with_a_model
 from tiny_llama import write_rows
 
+from fastserve.artifacts.checkpoints import newest_checkpoint
 from fastserve.artifacts.store import Store
+from fastserve.plan.stages import Stage
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 ROWS = 64
 EVERY_STEPS = 10
@@ -79,6 +81,7 @@ def test_a_lost_node_is_done_without_and_a_new_one_is_taken_in(cluster: Cluster,
     run.until(lambda: run.done() >= 2 * EVERY_STEPS + 3 and run.profiles() == ["large", "large", "small"])
     assert run.progress()["metrics"]["proof"]["gradientError"] <= 2e-6
     run.until(lambda: len(run.losses()) > 2 * EVERY_STEPS)
+    run.until(lambda: (newest_checkpoint(store, Stage.TRAIN, run.request.key) or 0) >= 2 * EVERY_STEPS)
     before = run.losses()
     cluster.say("remove three")
     run.until(lambda: run.profiles() == ["large", "small"])
@@ -101,4 +104,5 @@ def test_a_lost_node_is_done_without_and_a_new_one_is_taken_in(cluster: Cluster,
     assert epochs[0] > (EPOCH_STEPS - 1) * BATCH_TOKENS
     sharing = record.metrics["sharing"]
     assert sharing["restarts"] >= 2
-    assert sharing["lostSteps"] <= sharing["restarts"] * EVERY_STEPS
+    # What came after the newest checkpoint; the one that was on its way may be lost, too.
+    assert sharing["lostSteps"] <= sharing["restarts"] * 2 * EVERY_STEPS
