@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastserve.cluster.processes import free_port
+
 HERE = Path(__file__).parent
 MODULE = "github.com/versity/versitygw/cmd/versitygw"
 
@@ -126,13 +128,7 @@ def moto_server(around: Callable[[Any], Any] = lambda application: application) 
         server.server_close()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for_port(address: str, process: subprocess.Popen[bytes], log: Path, limit_seconds: float = 30) -> None:
+def wait_for_port(address: str, process: subprocess.Popen[bytes], log: Path, limit_seconds: float = 120) -> None:
     host, _, port = address.rpartition(":")
     end = time.monotonic() + limit_seconds
     while time.monotonic() < end:
