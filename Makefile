@@ -57,8 +57,6 @@ test: $(VENV)/.dev ## All tiers that need only Python (and Go, for the S3 server
 	@$(BIN)/python -m pytest -q -m s3 tests/unit/artifacts
 	@$(BIN)/python tests/kube/kubernetes_binaries.py
 	@$(BIN)/python -m pytest -q -m kube tests/kube
-	@$(BIN)/python tests/kube/kubernetes_binaries.py node
-	@$(BIN)/python -m pytest -q -m cluster tests/cluster
 	@$(BIN)/python -m pytest -q -m ray tests/ray
 	@$(BIN)/python -m pytest -q -m e2e tests/e2e
 

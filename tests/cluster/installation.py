@@ -26,6 +26,8 @@ NAMESPACE = "models"
 USER = 1000
 """Who runs in the pods."""
 
+FIRST_NODE = {"kubernetes.io/hostname": "node0"}
+
 SITE = Path(sys.prefix, "lib", f"python{sys.version_info.major}.{sys.version_info.minor}", "site-packages")
 ASK_SECONDS = 300.0
 
@@ -224,13 +226,13 @@ def values(images: Sequence[Image]) -> dict[str, Any]:
         "image": {**by_digest["docker.io/library/fastserve"], "pullPolicy": "Never"},
         "store": {"claimName": "store"},
         "operator": {**small},
-        "gateway": {**small, "terminationGracePeriodSeconds": 20},
+        # Beside the control plane, on the node that no test takes away: who loses a gateway loses the connection to it.
+        "gateway": {**small, "terminationGracePeriodSeconds": 20, "nodeSelector": FIRST_NODE},
         "ray": {
             "image": by_digest["docker.io/library/fastserve-ray"],
-            # The control plane's node, which no test takes away.
             "head": {
                 "resources": {"requests": {"cpu": "10m", "memory": "1Gi"}, "limits": {"memory": "4Gi"}},
-                "nodeSelector": {"kubernetes.io/hostname": "node0"},
+                "nodeSelector": FIRST_NODE,
             },
             "autoscaler": small,
             "objectStoreBytes": 100_000_000,

@@ -1,4 +1,4 @@
-"""Machines, nodes and heads that are lost while somebody asks; nobody is told so.
+"""Machines, nodes and heads that are lost, and pods that are replaced, while somebody asks; nobody is told so.
 
 One story on one cluster of its own, in this order.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from images import Image
-from installation import Crowd, Installation, installed
+from installation import CHART, NAMESPACE, Crowd, Installation, installed
 from whole_cluster import WholeCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
@@ -29,6 +29,30 @@ def there(cluster: WholeCluster, pod_images: list[Image]) -> Iterator[Installati
         made.until_ready("tiny")
         cluster.add_node(1)
         yield made
+
+
+def test_an_upgrade_of_the_chart_and_its_rollback_lose_nothing(there: Installation) -> None:
+    """Every pod of operator and gateway is replaced, and Ray's pods stay."""
+    ours = ("operator", "gateway")
+    before, machines = {part: set(there.running(part)) for part in ours}, set(there.running("ray-worker"))
+    helm = (there.cluster.binaries["helm"],)
+    more = [word for part in ours for word in ("--set", f"{part}.resources.requests.memory=65Mi")]
+    steps = (
+        ("upgrade", "fastserve", str(CHART), "-n", NAMESPACE, "--reuse-values", *more, "--wait"),
+        ("rollback", "fastserve", "-n", NAMESPACE, "--wait"),
+    )
+    with Crowd().asking(there, "tiny") as crowd:
+        for step in steps:
+            crowd.until_answered(there)
+            done = there.cluster.run(*helm, *step)
+            assert done.returncode == 0, done.stderr
+            for part in ours:
+                there.kubectl("rollout", "status", f"deployment/fastserve-{part}", "--timeout=300s")
+            crowd.until_answered(there)
+    assert crowd.lost == []
+    for part in ours:
+        assert not before[part] & set(there.running(part)), f"pods of the {part} from before"
+    assert machines <= set(there.running("ray-worker"))
 
 
 def test_a_lost_head_comes_back_with_what_it_served(there: Installation) -> None:
