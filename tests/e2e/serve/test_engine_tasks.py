@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -51,7 +53,9 @@ class Engine:
             bound.bind(("127.0.0.1", 0))
             port, number = bound.getsockname()[1], bound.fileno()
             command = [sys.executable, str(HOST), str(model), str(number), json.dumps(section), json.dumps(ranks)]
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, pass_fds=[number])
+            self.process = subprocess.Popen(
+                command, env=env, stdout=log, stderr=log, pass_fds=[number], start_new_session=True
+            )
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300)
         deadline = time.monotonic() + 300
         while True:
@@ -65,12 +69,14 @@ class Engine:
 
     def end(self) -> None:
         self.client.close()
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
+        try:
+            if self.process.poll() is None:
+                self.process.terminate()
                 self.process.wait(60)
-            finally:
-                self.process.kill()
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # the engine's own process may outlive its host
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def ask(self, model: str = "chat", **more: Any) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 24, "temperature": 0}
