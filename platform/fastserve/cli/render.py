@@ -85,6 +85,16 @@ def table(
     (console or out).print(drawn)
 
 
+def sheets(found: Sequence[Sheet], is_json: bool) -> None:
+    """Show the plan of each model; as JSON one alone is no list."""
+    if is_json:
+        values = [item.to_json() for item in found]
+        as_json(values[0] if len(values) == 1 else values)
+        return
+    for item in found:
+        sheet(item)
+
+
 def sheet(plan: Sheet, console: Console | None = None) -> None:
     """What `fastserve plan` shows: what will run, how long, how many bytes."""
     target = console or out

@@ -41,12 +41,7 @@ def plan(file: Path, home: Home, as_json: bool) -> None:
     here = machines_here(home)
     models = [item for item in manifests if isinstance(item, Model)]
     sheets = [survey(home, home.store_uri, item, profiles, access_keys, here).sheet for item in models]
-    if as_json:
-        found = [sheet.to_json() for sheet in sheets]
-        render.as_json(found[0] if len(found) == 1 else found)
-        return
-    for sheet in sheets:
-        render.sheet(sheet)
+    render.sheets(sheets, as_json)
 
 
 def status(home: Home, name: str | None, watch: bool, as_json: bool, plot: bool = False) -> None:

@@ -75,13 +75,8 @@ def plan(door: Door, file: Path, as_json: bool) -> None:
     there = door.there([item.metadata.name for item in profiles])
     keys = [item for item in manifests if isinstance(item, AccessKey)]
     sheets = [_sheet(door, item, profiles, keys, there) for item in manifests if isinstance(item, Model)]
-    if as_json:
-        found = [sheet.to_json() for sheet in sheets]
-        render.as_json(found[0] if len(found) == 1 else found)
-        return
-    for sheet in sheets:
-        render.sheet(sheet)
-    if LOCAL not in {item.metadata.name for item in profiles}:
+    render.sheets(sheets, as_json)
+    if not as_json and LOCAL not in {item.metadata.name for item in profiles}:
         render.say("No HardwareProfile is named local, so what is planned for local is planned for this machine.")
 
 
