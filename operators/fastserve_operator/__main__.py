@@ -25,14 +25,14 @@ from typing import Any
 
 import kopf
 
-from fastserve.cluster.kube_api import ACCESS_KEYS, MODELS, PROFILES, KubeApi
-from fastserve.cluster.kube_cluster import KubeCluster
-from fastserve.cluster.kube_gateway import KubeGateway
-from fastserve.cluster.kube_heads import Heads, OneHead
-from fastserve.cluster.kube_home import KubeHome
-from fastserve.cluster.kube_lease import LEASE_SECONDS, Lease
-from fastserve.cluster.kube_ray import GivenRay, RayClusterHead
-from fastserve.cluster.kube_ray_clusters import RayClusters
+from fastserve.cluster.kube.api import ACCESS_KEYS, MODELS, PROFILES, KubeApi
+from fastserve.cluster.kube.cluster import KubeCluster
+from fastserve.cluster.kube.gateway import KubeGateway
+from fastserve.cluster.kube.heads import Heads, OneHead
+from fastserve.cluster.kube.home import KubeHome
+from fastserve.cluster.kube.lease import LEASE_SECONDS, Lease
+from fastserve.cluster.kube.ray import GivenRay, RayClusterHead
+from fastserve.cluster.kube.ray_clusters import RayClusters
 from fastserve.errors import FastServeError
 from fastserve.spec.model import GROUP, VERSION
 from fastserve_operator.conditions import Trouble, attempted

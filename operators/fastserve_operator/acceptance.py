@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from fastserve.artifacts.tokens import secrets_from
-from fastserve.cluster.kube_home import KubeHome, asking
+from fastserve.cluster.kube.home import KubeHome, asking
 from fastserve.cluster.survey import Survey, survey
 from fastserve.errors import UsageInvalid
 from fastserve.spec.load import read

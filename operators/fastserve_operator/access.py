@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from fastserve.cluster.kube_api import ACCESS_KEYS, MANAGED_BY, MANAGER, SECRETS, KubeApi, is_ours, owner_reference
+from fastserve.cluster.kube.api import ACCESS_KEYS, MANAGED_BY, MANAGER, SECRETS, KubeApi, is_ours, owner_reference
 from fastserve.errors import NameConflict, StateChanged
 from fastserve.gateway.keys import digest, new_key
 from fastserve.plan.executable import check_access_key

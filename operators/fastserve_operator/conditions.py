@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastserve.cluster.kube_pods import PodTrouble
+from fastserve.cluster.kube.pods import PodTrouble
 from fastserve.errors import ClusterFailed, FastServeError, ManifestInvalid, NotExecutable
 
 MOST_CHARACTERS = 2000

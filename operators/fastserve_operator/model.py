@@ -17,12 +17,12 @@ from functools import partial
 from typing import Any
 
 from fastserve.artifacts.tokens import secrets_from
-from fastserve.cluster.kube_api import ACCESS_KEYS, MODELS, PROFILES, KubeApi, Object
-from fastserve.cluster.kube_cluster import KubeCluster
-from fastserve.cluster.kube_events import tell
-from fastserve.cluster.kube_pods import Pods, PodTrouble
-from fastserve.cluster.kube_rollback import roll_back
-from fastserve.cluster.kube_tokens import read_secret
+from fastserve.cluster.kube.api import ACCESS_KEYS, MODELS, PROFILES, KubeApi, Object
+from fastserve.cluster.kube.cluster import KubeCluster
+from fastserve.cluster.kube.events import tell
+from fastserve.cluster.kube.pods import Pods, PodTrouble
+from fastserve.cluster.kube.rollback import roll_back
+from fastserve.cluster.kube.tokens import read_secret
 from fastserve.cluster.local import Beat
 from fastserve.cluster.ray_jobs import Job
 from fastserve.cluster.status import status_of

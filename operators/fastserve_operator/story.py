@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fastserve.cluster.kube_pods import PodTrouble
+from fastserve.cluster.kube.pods import PodTrouble
 from fastserve.cluster.status import current_stage
 from fastserve.plan.facts import LOCAL
 from fastserve.plan.moves import Move

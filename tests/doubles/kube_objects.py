@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from kubernetes import client
 
-from fastserve.cluster.kube_api import KubeApi
+from fastserve.cluster.kube.api import KubeApi
 
 Object = dict[str, Any]
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from small_cluster import Api, CountedStore, Ray, SmallCluster
 
-from fastserve.cluster.kube_cluster import KubeCluster
-from fastserve.cluster.kube_gateway import KubeGateway
-from fastserve.cluster.kube_home import KubeHome
-from fastserve.cluster.kube_ray_clusters import TEMPLATE_KEY, RayClusters
+from fastserve.cluster.kube.cluster import KubeCluster
+from fastserve.cluster.kube.gateway import KubeGateway
+from fastserve.cluster.kube.home import KubeHome
+from fastserve.cluster.kube.ray_clusters import TEMPLATE_KEY, RayClusters
 from fastserve.cluster.ray_rest import RayRest
 from fastserve_operator.model import Namespace
 

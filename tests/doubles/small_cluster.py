@@ -29,11 +29,11 @@ from fastserve.artifacts import attempts
 from fastserve.artifacts.folder_store import FolderStore
 from fastserve.artifacts.store import Checksum
 from fastserve.artifacts.stores import open_store
-from fastserve.cluster.kube_api import KubeApi
-from fastserve.cluster.kube_cluster import KubeCluster
-from fastserve.cluster.kube_gateway import KubeGateway
-from fastserve.cluster.kube_home import KubeHome
-from fastserve.cluster.kube_ray import GivenRay
+from fastserve.cluster.kube.api import KubeApi
+from fastserve.cluster.kube.cluster import KubeCluster
+from fastserve.cluster.kube.gateway import KubeGateway
+from fastserve.cluster.kube.home import KubeHome
+from fastserve.cluster.kube.ray import GivenRay
 from fastserve.cluster.nodes import PROFILE_LABEL
 from fastserve.cluster.ray_rest import RayRest
 from fastserve.plan.stages import Stage, StageRequest

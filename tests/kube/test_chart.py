@@ -19,9 +19,9 @@ import yaml
 from control_plane import Cluster
 from helm_chart import CHART, ROOT, Helm, objects, setting, without_secrets
 
-from fastserve.cluster.kube_api import KubeApi
-from fastserve.cluster.kube_heads import SHARED
-from fastserve.cluster.kube_ray_clusters import RayClusters
+from fastserve.cluster.kube.api import KubeApi
+from fastserve.cluster.kube.heads import SHARED
+from fastserve.cluster.kube.ray_clusters import RayClusters
 from fastserve.gateway.admin import Admin
 from fastserve.gateway.config import Config
 from fastserve.gateway.statistics import Statistics

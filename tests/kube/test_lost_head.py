@@ -26,11 +26,11 @@ from tiny import tiny_model
 
 from fastserve.cluster import processes
 from fastserve.cluster.home import Home
-from fastserve.cluster.kube_api import KubeApi
-from fastserve.cluster.kube_cluster import KubeCluster
-from fastserve.cluster.kube_gateway import KubeGateway
-from fastserve.cluster.kube_home import KubeHome
-from fastserve.cluster.kube_ray_clusters import RayClusters
+from fastserve.cluster.kube.api import KubeApi
+from fastserve.cluster.kube.cluster import KubeCluster
+from fastserve.cluster.kube.gateway import KubeGateway
+from fastserve.cluster.kube.home import KubeHome
+from fastserve.cluster.kube.ray_clusters import RayClusters
 from fastserve.cluster.ray_head import Endpoint, RayHead
 from fastserve_operator.conditions import attempted
 from fastserve_operator.model import Namespace

@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from kube_objects import KubeObjects
 
-    from fastserve.cluster.kube_api import KubeApi
+    from fastserve.cluster.kube.api import KubeApi
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from fastserve.cluster.home import Home
 from fastserve.errors import ClusterFailed, UsageInvalid
 
 if TYPE_CHECKING:
-    from fastserve.cluster.kube_door import Door
+    from fastserve.cluster.kube.door import Door
 
 KEY_SECONDS = 90.0
 """How long a new key may take until every gateway has it; a volume is renewed within a minute or so."""
@@ -43,9 +43,9 @@ def chat_on_cluster(
     url: of the gateway, where it is reached without Kubernetes; by default the model's own, and where that is a name
     inside the cluster, a forwarded port of its Service.
     """
-    from fastserve.cluster.kube_forward import forwarded
-    from fastserve.cluster.kube_gateway import NAME, PORT
-    from fastserve.cluster.kube_keys import key_for
+    from fastserve.cluster.kube.forward import forwarded
+    from fastserve.cluster.kube.gateway import NAME, PORT
+    from fastserve.cluster.kube.keys import key_for
 
     own = door.story(name)["url"]
     if own is None and url is None:

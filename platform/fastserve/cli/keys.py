@@ -41,7 +41,7 @@ def create(
 def _created(where: Where, name: str, models: list[str], expires: date | None) -> tuple[str, str]:
     """The key, and where it is kept."""
     if where.on_cluster:
-        from fastserve.cluster.kube_keys import create_key
+        from fastserve.cluster.kube.keys import create_key
 
         if expires is not None and expires < datetime.now(UTC).date():
             raise UsageInvalid(f"--expires {expires} has passed; give a day that is still to come")
@@ -58,7 +58,7 @@ def _created(where: Where, name: str, models: list[str], expires: date | None) -
 def list_(where: Where, output: JsonOption = "text") -> None:
     """Show the keys by name, with what each may do."""
     if where.on_cluster:
-        from fastserve.cluster.kube_keys import list_keys
+        from fastserve.cluster.kube.keys import list_keys
 
         found = list_keys(where.door())
     else:
@@ -76,7 +76,7 @@ def list_(where: Where, output: JsonOption = "text") -> None:
 def revoke(name: Annotated[str, typer.Argument(help="Name of the key.")], where: Where) -> None:
     """Take a key away; it works no longer within a second, on a cluster within some."""
     if where.on_cluster:
-        from fastserve.cluster.kube_keys import revoke_key
+        from fastserve.cluster.kube.keys import revoke_key
 
         revoke_key(where.door(), name)
     else:

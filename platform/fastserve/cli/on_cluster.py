@@ -9,7 +9,7 @@ from fastserve.cli import render, stories
 from fastserve.errors import ClusterFailed, UsageInvalid
 
 if TYPE_CHECKING:
-    from fastserve.cluster.kube_door import Door
+    from fastserve.cluster.kube.door import Door
 
 LOOK_SECONDS = 1.0
 ROLLBACK_SECONDS = 600.0
@@ -52,7 +52,7 @@ def why(door: Door, name: str, as_json: bool) -> None:
 
 def logs(door: Door, name: str, stage: str | None, tail: int) -> None:
     """The end of a stage's log, of the serving replicas' log, or of the newest stage."""
-    from fastserve.cluster.kube_logs import log_of
+    from fastserve.cluster.kube.logs import log_of
 
     render.answer("\n".join(log_of(door, name, stage, tail).splitlines()[-tail:]))
 

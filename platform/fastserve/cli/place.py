@@ -23,7 +23,7 @@ from fastserve.errors import FastServeError, UsageInvalid
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fastserve.cluster.kube_door import Door
+    from fastserve.cluster.kube.door import Door
 
 PLUGIN: ContextVar[bool] = ContextVar("PLUGIN", default=False)
 """Whether the program is kubectl's plugin, which always means the cluster."""
@@ -54,8 +54,8 @@ class Where:
     def door(self) -> Door:
         """The namespace of the cluster. Raises UsageInvalid when there is no such place."""
         try:
-            from fastserve.cluster.kube_config import reach
-            from fastserve.cluster.kube_door import Door
+            from fastserve.cluster.kube.config import reach
+            from fastserve.cluster.kube.door import Door
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] not in ("kubernetes", "urllib3"):
                 raise

@@ -24,7 +24,7 @@ from fastserve.spec.load import Manifest
 from fastserve.spec.model import AccessKey, HardwareProfile, Model
 
 if TYPE_CHECKING:
-    from fastserve.cluster.kube_door import Door
+    from fastserve.cluster.kube.door import Door
 
 LOOK_SECONDS = 1.0
 AGAIN_SECONDS = 30.0

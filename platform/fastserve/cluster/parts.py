@@ -1,7 +1,7 @@
 """What the beat needs of the two things that differ between a laptop and a cluster: the Ray head and the gateway.
 
 The third, the state, is `cluster.home.Home`: a laptop keeps its small files in a folder, a cluster in Kubernetes
-objects (`cluster.kube_home`).
+objects (`cluster.kube.home`).
 """
 
 from __future__ import annotations

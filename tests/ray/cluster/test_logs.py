@@ -15,9 +15,9 @@ import pytest
 from kube_objects import KubeObjects, kubeconfig, served
 
 from fastserve.cluster.home import Home
-from fastserve.cluster.kube_config import reach
-from fastserve.cluster.kube_door import Door
-from fastserve.cluster.kube_logs import log_of
+from fastserve.cluster.kube.config import reach
+from fastserve.cluster.kube.door import Door
+from fastserve.cluster.kube.logs import log_of
 from fastserve.cluster.ray_head import Endpoint, RayHead
 from fastserve.cluster.ray_jobs import Jobs
 from fastserve.cluster.ray_serve import ServeApi, app_for

@@ -22,7 +22,7 @@ import pytest
 from aiohttp import web
 from kube_objects import KubeObjects, served
 
-from fastserve.cluster.kube_gateway import KubeGateway
+from fastserve.cluster.kube.gateway import KubeGateway
 from fastserve.cluster.processes import free_port
 from fastserve.errors import UsageInvalid
 from fastserve.gateway.__main__ import waiting

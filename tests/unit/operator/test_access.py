@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from kube_objects import KubeObjects
 
-from fastserve.cluster.kube_api import KubeApi
+from fastserve.cluster.kube.api import KubeApi
 from fastserve_operator.access import tend_key
 
 KEYS = "/apis/fastserve.dev/v1alpha1/namespaces/demo/accesskeys"

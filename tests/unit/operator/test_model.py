@@ -16,11 +16,11 @@ from model_files import model_folder
 
 from fastserve.artifacts import attempts
 from fastserve.artifacts.stores import open_store
-from fastserve.cluster.kube_api import KubeApi
-from fastserve.cluster.kube_cluster import FINALIZER, KubeCluster
-from fastserve.cluster.kube_gateway import KubeGateway
-from fastserve.cluster.kube_home import RETRY, KubeHome, asking
-from fastserve.cluster.kube_ray import GivenRay, RayClusterHead
+from fastserve.cluster.kube.api import KubeApi
+from fastserve.cluster.kube.cluster import FINALIZER, KubeCluster
+from fastserve.cluster.kube.gateway import KubeGateway
+from fastserve.cluster.kube.home import RETRY, KubeHome, asking
+from fastserve.cluster.kube.ray import GivenRay, RayClusterHead
 from fastserve.cluster.parts import Head
 from fastserve.gateway.config import Revision, Served, Target
 from fastserve.plan.keys import request_for, stage_keys

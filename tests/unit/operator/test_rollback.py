@@ -13,7 +13,7 @@ import pytest
 from model_files import model_folder
 from small_cluster import Killed, Moments, SmallCluster, small_cluster
 
-from fastserve.cluster.kube_rollback import ROLLBACK
+from fastserve.cluster.kube.rollback import ROLLBACK
 from fastserve_operator.model import Namespace
 
 MODEL = "/apis/fastserve.dev/v1alpha1/namespaces/demo/models/small"

@@ -15,10 +15,10 @@ import pytest
 from kube_objects import KubeObjects, served
 from model_files import model_folder
 
-from fastserve.cluster.kube_cluster import KubeCluster
-from fastserve.cluster.kube_gateway import KubeGateway
-from fastserve.cluster.kube_home import KubeHome
-from fastserve.cluster.kube_ray import RayClusterHead
+from fastserve.cluster.kube.cluster import KubeCluster
+from fastserve.cluster.kube.gateway import KubeGateway
+from fastserve.cluster.kube.home import KubeHome
+from fastserve.cluster.kube.ray import RayClusterHead
 from fastserve_operator import acceptance
 from fastserve_operator.__main__ import Operator, parse
 from fastserve_operator.conditions import Trouble

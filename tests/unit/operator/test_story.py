@@ -7,7 +7,7 @@ from api_server import Resource
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.cluster.kube_pods import PodTrouble
+from fastserve.cluster.kube.pods import PodTrouble
 from fastserve.plan.moves import Done, Wait
 from fastserve.spec import status as schemas
 from fastserve.spec.crd import crds

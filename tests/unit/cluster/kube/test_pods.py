@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kube_objects import KubeObjects, served
 
-from fastserve.cluster.kube_pods import MOST_CHARACTERS, Pods, trouble_of_cluster, trouble_of_pod
+from fastserve.cluster.kube.pods import MOST_CHARACTERS, Pods, trouble_of_cluster, trouble_of_pod
 
 NOW = datetime(2027, 1, 2, 3, 4, 5, tzinfo=UTC).timestamp()
 JUST_NOW, LONG_AGO = "2027-01-02T03:00:00Z", "2027-01-02T01:00:00Z"

@@ -10,12 +10,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastserve.cluster.kube_api import ACCESS_KEYS, MODELS, PROFILES, RAY_CLUSTERS, Object, Resource
-from fastserve.cluster.kube_config import Reached
-from fastserve.cluster.kube_home import RETRY
-from fastserve.cluster.kube_ray import promised_by
-from fastserve.cluster.kube_rollback import ROLLBACK
-from fastserve.cluster.kube_story import KubeModels, story_of
+from fastserve.cluster.kube.api import ACCESS_KEYS, MODELS, PROFILES, RAY_CLUSTERS, Object, Resource
+from fastserve.cluster.kube.config import Reached
+from fastserve.cluster.kube.home import RETRY
+from fastserve.cluster.kube.ray import promised_by
+from fastserve.cluster.kube.rollback import ROLLBACK
+from fastserve.cluster.kube.story import KubeModels, story_of
 from fastserve.errors import ClusterFailed, StateChanged, UsageInvalid
 from fastserve.plan.facts import LOCAL
 from fastserve.plan.rollback import PREVIOUS
@@ -43,7 +43,7 @@ class Door:
         return " ".join(["kubectl", *self.reached.kubectl_flags])
 
     def stories(self) -> list[dict[str, Any]]:
-        """How every Model stands, as `kube_story.story_of` tells it."""
+        """How every Model stands, as `kube.story.story_of` tells it."""
         return [story_of(found) for found in self.models.all()]
 
     def story(self, name: str) -> dict[str, Any]:

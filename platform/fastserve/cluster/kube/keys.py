@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
-from fastserve.cluster.kube_api import ACCESS_KEYS, SECRETS, Object
-from fastserve.cluster.kube_config import nearest
-from fastserve.cluster.kube_door import Door
+from fastserve.cluster.kube.api import ACCESS_KEYS, SECRETS, Object
+from fastserve.cluster.kube.config import nearest
+from fastserve.cluster.kube.door import Door
 from fastserve.errors import ClusterFailed, StateChanged, UsageInvalid
 from fastserve.spec.section import is_name
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from fastserve.cluster.kube_api import PODS, RAY_CLUSTERS, KubeApi, Object
+from fastserve.cluster.kube.api import PODS, RAY_CLUSTERS, KubeApi, Object
 
 CLUSTER_LABEL = "ray.io/cluster"
 NODE_LABEL = "ray.io/node-type"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from kube_objects import KubeObjects
 
-from fastserve.cluster.kube_api import KubeApi
-from fastserve.cluster.kube_home import KubeHome
-from fastserve.cluster.kube_rollback import ROLLBACK, roll_back
+from fastserve.cluster.kube.api import KubeApi
+from fastserve.cluster.kube.home import KubeHome
+from fastserve.cluster.kube.rollback import ROLLBACK, roll_back
 from fastserve.cluster.local import Beat
 from fastserve.errors import StateChanged
 from fastserve.plan import keys

@@ -12,8 +12,8 @@ import port_forward
 import pytest
 from kube_objects import KubeObjects, kubeconfig, served
 
-from fastserve.cluster.kube_config import Reached, reach
-from fastserve.cluster.kube_forward import forwarded
+from fastserve.cluster.kube.config import Reached, reach
+from fastserve.cluster.kube.forward import forwarded
 from fastserve.errors import ClusterFailed, UsageInvalid
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastserve.cluster.kube_api import MODELS, NAMESPACES, KubeApi, Object
-from fastserve.cluster.kube_config import nearest
+from fastserve.cluster.kube.api import MODELS, NAMESPACES, KubeApi, Object
+from fastserve.cluster.kube.config import nearest
 from fastserve.errors import ClusterFailed, UsageInvalid
 
 NOT_LOOKED_AT = (

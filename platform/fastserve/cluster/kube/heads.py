@@ -1,7 +1,7 @@
 """Which Ray heads a namespace has, and at which of them a model's work belongs.
 
 Either there is one, which somebody else runs (`OneHead`); or the operator makes RayClusters itself, for all models
-together and for each Model that asks for one of its own (`cluster.kube_ray_clusters`).
+together and for each Model that asks for one of its own (`cluster.kube.ray_clusters`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fastserve.cluster.kube_api import Object
-from fastserve.cluster.kube_ray import KubeEndpoint
+from fastserve.cluster.kube.api import Object
+from fastserve.cluster.kube.ray import KubeEndpoint
 from fastserve.cluster.parts import Endpoint, Head
 from fastserve.errors import ClusterFailed, NotExecutable, Problem
 from fastserve.spec.model import Model

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from kube_objects import KubeObjects
 
-from fastserve.cluster.kube_api import KubeApi
-from fastserve.cluster.kube_ray import GivenRay, RayClusterHead
+from fastserve.cluster.kube.api import KubeApi
+from fastserve.cluster.kube.ray import GivenRay, RayClusterHead
 from fastserve.cluster.nodes import Machine, with_promised
 from fastserve.errors import ClusterFailed
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.cluster.kube_heads import SHARED, OneHead, own_pool, pool_of
-from fastserve.cluster.kube_ray import GivenRay
+from fastserve.cluster.kube.heads import SHARED, OneHead, own_pool, pool_of
+from fastserve.cluster.kube.ray import GivenRay
 from fastserve.errors import NotExecutable
 from fastserve.plan.executable import check
 from fastserve.spec.model import Model

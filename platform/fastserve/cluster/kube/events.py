@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastserve.cluster.kube_api import EVENTS, FIELD_MANAGER, KubeApi, Resource
+from fastserve.cluster.kube.api import EVENTS, FIELD_MANAGER, KubeApi, Resource
 
 MOST_CHARACTERS = 1000
 """Of a note; the API server takes 1024 bytes."""

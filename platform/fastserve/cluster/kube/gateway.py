@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastserve.cluster.kube_api import (
+from fastserve.cluster.kube.api import (
     CONFIG_MAPS,
     MANAGED_BY,
     MANAGER,
@@ -31,7 +31,7 @@ from fastserve.cluster.kube_api import (
     is_ours,
     owner_reference,
 )
-from fastserve.cluster.kube_gateway_pods import GatewayPods, addresses_of
+from fastserve.cluster.kube.gateway_pods import GatewayPods, addresses_of
 from fastserve.errors import NameConflict, StateChanged, UsageInvalid
 from fastserve.gateway import config as gateway_config
 

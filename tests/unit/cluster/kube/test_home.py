@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from kube_objects import KubeObjects, served
 
 from fastserve.cluster.home import Home
-from fastserve.cluster.kube_api import KubeApi
-from fastserve.cluster.kube_home import RETRY, KubeHome
+from fastserve.cluster.kube.api import KubeApi
+from fastserve.cluster.kube.home import RETRY, KubeHome
 from fastserve.errors import NameConflict, StateChanged, StoreFailed
 from fastserve.plan.observed import Pin
 from fastserve.plan.revision import Revision

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from kube_objects import KubeObjects
 
-from fastserve.cluster.kube_api import KubeApi
-from fastserve.cluster.kube_lease import LEASE_SECONDS, Lease
+from fastserve.cluster.kube.api import KubeApi
+from fastserve.cluster.kube.lease import LEASE_SECONDS, Lease
 from fastserve.errors import ClusterFailed
 
 

@@ -11,11 +11,11 @@ import re
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from fastserve.cluster.kube_api import RAY_CLUSTERS, Object
-from fastserve.cluster.kube_door import Door
-from fastserve.cluster.kube_forward import forwarded
-from fastserve.cluster.kube_ray import DASHBOARD_PORT, RayClusterHead, service_of
-from fastserve.cluster.kube_ray_clusters import MODEL_LABEL
+from fastserve.cluster.kube.api import RAY_CLUSTERS, Object
+from fastserve.cluster.kube.door import Door
+from fastserve.cluster.kube.forward import forwarded
+from fastserve.cluster.kube.ray import DASHBOARD_PORT, RayClusterHead, service_of
+from fastserve.cluster.kube.ray_clusters import MODEL_LABEL
 from fastserve.cluster.ray_jobs import Jobs
 from fastserve.cluster.ray_rest import RayRest
 from fastserve.errors import ClusterFailed, UsageInvalid

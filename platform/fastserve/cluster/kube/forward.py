@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-from fastserve.cluster.kube_config import Reached
+from fastserve.cluster.kube.config import Reached
 from fastserve.errors import ClusterFailed, UsageInvalid
 
 OPEN_SECONDS = 30.0

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from fastserve.cluster.kube_api import LEASES, MANAGED_BY, MANAGER, KubeApi
+from fastserve.cluster.kube.api import LEASES, MANAGED_BY, MANAGER, KubeApi
 from fastserve.errors import StateChanged
 
 LEASE_SECONDS = 15

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fastserve.cluster.kube_heads import NamedHead
+from fastserve.cluster.kube.heads import NamedHead
 from fastserve.cluster.live import app_state
 from fastserve.cluster.parts import Endpoint
 from fastserve.cluster.ray_jobs import Job, Jobs, JobState

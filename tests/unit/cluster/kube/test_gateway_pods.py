@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kube_objects import KubeObjects, served
 
-from fastserve.cluster.kube_gateway import KubeGateway
-from fastserve.cluster.kube_gateway_pods import AGAIN_SECONDS, SILENT_SECONDS, GatewayPods, addresses_of
+from fastserve.cluster.kube.gateway import KubeGateway
+from fastserve.cluster.kube.gateway_pods import AGAIN_SECONDS, SILENT_SECONDS, GatewayPods, addresses_of
 from fastserve.gateway import config as gateway_config
 from fastserve.gateway.app import Gateway
 from fastserve.gateway.config import Config, Revision, Served, Target

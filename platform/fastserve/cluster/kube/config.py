@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from kubernetes import client, config
 
-from fastserve.cluster.kube_api import BY_HAND, KubeApi
+from fastserve.cluster.kube.api import BY_HAND, KubeApi
 from fastserve.errors import ClusterFailed, UsageInvalid
 
 DEFAULT_FILE = "~/.kube/config"

@@ -13,12 +13,12 @@ from typing import Any
 
 from fastserve.cluster.access import key_of
 from fastserve.cluster.known_records import KnownRecords
-from fastserve.cluster.kube_api import MODELS, KubeApi, Object
-from fastserve.cluster.kube_gateway import PORT, KubeGateway
-from fastserve.cluster.kube_heads import SHARED, Heads, NamedHead, OneHead, own_pool, pool_of
-from fastserve.cluster.kube_home import KubeHome
-from fastserve.cluster.kube_ray import RayClusterHead
-from fastserve.cluster.kube_sights import Sights
+from fastserve.cluster.kube.api import MODELS, KubeApi, Object
+from fastserve.cluster.kube.gateway import PORT, KubeGateway
+from fastserve.cluster.kube.heads import SHARED, Heads, NamedHead, OneHead, own_pool, pool_of
+from fastserve.cluster.kube.home import KubeHome
+from fastserve.cluster.kube.ray import RayClusterHead
+from fastserve.cluster.kube.sights import Sights
 from fastserve.cluster.local import Beat, LocalCluster
 from fastserve.cluster.nodes import machines, profiles_of, with_promised
 from fastserve.cluster.observe import observe

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from fastserve.cluster.kube_api import (
+from fastserve.cluster.kube.api import (
     CONFIG_MAPS,
     MANAGED_BY,
     MANAGER,
@@ -32,9 +32,9 @@ from fastserve.cluster.kube_api import (
     is_ours,
     owner_reference,
 )
-from fastserve.cluster.kube_events import tell
-from fastserve.cluster.kube_heads import DEDICATED, SHARED, Heads, MissingHead, NamedHead, own_pool
-from fastserve.cluster.kube_ray import TOKEN_KEY, Address, RayClusterHead, in_cluster, is_up, service_of
+from fastserve.cluster.kube.events import tell
+from fastserve.cluster.kube.heads import DEDICATED, SHARED, Heads, MissingHead, NamedHead, own_pool
+from fastserve.cluster.kube.ray import TOKEN_KEY, Address, RayClusterHead, in_cluster, is_up, service_of
 from fastserve.errors import FastServeError, NameConflict
 from fastserve.plan.digest import digest_of
 from fastserve.spec.model import Model

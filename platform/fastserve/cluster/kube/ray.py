@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from fastserve.cluster.kube_api import RAY_CLUSTERS, SECRETS, KubeApi, Object
+from fastserve.cluster.kube.api import RAY_CLUSTERS, SECRETS, KubeApi, Object
 from fastserve.cluster.nodes import PROFILE_LABEL, Machine
 from fastserve.errors import ClusterFailed
 

@@ -7,8 +7,8 @@ import json
 import pytest
 from kube_objects import KubeObjects
 
-from fastserve.cluster.kube_api import SECRETS, KubeApi
-from fastserve.cluster.kube_gateway import KubeGateway
+from fastserve.cluster.kube.api import SECRETS, KubeApi
+from fastserve.cluster.kube.gateway import KubeGateway
 from fastserve.errors import NameConflict
 from fastserve.gateway import config as gateway_config
 from fastserve.gateway.config import Key, Served

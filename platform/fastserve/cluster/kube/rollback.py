@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastserve.cluster.kube_home import KubeHome
+from fastserve.cluster.kube.home import KubeHome
 from fastserve.cluster.local import Beat
 from fastserve.errors import UsageInvalid
 from fastserve.plan import keys

@@ -10,7 +10,7 @@ import base64
 import binascii
 from collections.abc import Mapping
 
-from fastserve.cluster.kube_api import MANAGED_BY, MANAGER, SECRETS, KubeApi
+from fastserve.cluster.kube.api import MANAGED_BY, MANAGER, SECRETS, KubeApi
 from fastserve.errors import SecretMissing
 
 PART_OF = "app.kubernetes.io/part-of"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fastserve.cluster.home import Home
-from fastserve.cluster.kube_api import (
+from fastserve.cluster.kube.api import (
     CONFIG_MAPS,
     MANAGED_BY,
     MANAGER,

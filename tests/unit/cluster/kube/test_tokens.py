@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from kube_objects import KubeObjects
 
-from fastserve.cluster.kube_api import KubeApi
-from fastserve.cluster.kube_tokens import read_secret
+from fastserve.cluster.kube.api import KubeApi
+from fastserve.cluster.kube.tokens import read_secret
 from fastserve.errors import SecretMissing
 
 PLACE = "/api/v1/namespaces/demo/secrets"

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from kube_objects import KubeObjects
 
 from fastserve.cli import stories
-from fastserve.cluster.kube_api import KubeApi
-from fastserve.cluster.kube_story import KubeModels, story_of
+from fastserve.cluster.kube.api import KubeApi
+from fastserve.cluster.kube.story import KubeModels, story_of
 from fastserve.errors import ClusterFailed, UsageInvalid
 
 DIGEST = "ab" * 32

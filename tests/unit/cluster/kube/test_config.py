@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from kube_objects import KubeObjects, kubeconfig, served
 
-from fastserve.cluster import kube_config
-from fastserve.cluster.kube_api import MODELS
-from fastserve.cluster.kube_config import nearest, reach
+from fastserve.cluster.kube import config as kube_config
+from fastserve.cluster.kube.api import MODELS
+from fastserve.cluster.kube.config import nearest, reach
 from fastserve.errors import UsageInvalid
 
 
