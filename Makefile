@@ -12,10 +12,15 @@ INSTALL := UV_LINK_MODE=hardlink $(UV) pip install --quiet --require-hashes --no
 LOCAL := $(UV) pip install --quiet --no-deps --no-build-isolation
 ARGS ?=
 ONLY ?= main
+# Test processes side by side, for tiers whose tests know nothing of each other: one a core, and no more than four.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+SPREAD := -n $(WORKERS) --dist worksteal
+# Files stay whole here: a file's tests share a Ray head. Each process has an API server of its own; somebody's cluster is one.
+SPREAD_FILES := -n $(if $(FASTSERVE_TEST_KUBECONFIG),0,$(WORKERS)) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help
 help: ## List what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(VENV)/.bootstrap: requirements/bootstrap.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"FastServe needs Python 3.11 or 3.12, and $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=/path/to/python3.12 ...")'
@@ -43,26 +48,29 @@ install: $(VENV)/.cpu ## Install what running needs into .venv
 quickstart: $(VENV)/.cpu ## Train, compress, evaluate and serve a small model; Ctrl-C ends it
 	@$(BIN)/fastserve up deployments/01-quickstart.yaml $(ARGS)
 
-.PHONY: check
+.PHONY: check check-types check-rules
 check: $(VENV)/.dev ## Lint, types, import rules, house rules, drift of generated files
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory -j2 --output-sync=target check-types check-rules
+check-types: $(VENV)/.dev
 	@$(BIN)/mypy
+check-rules: $(VENV)/.dev
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest -q tests/house
 
 .PHONY: test
-test: $(VENV)/.dev ## All tiers that need only Python (and Go, for the S3 server and Kubernetes)
-	@$(BIN)/python -m pytest -q tests/unit tests/house
-	@$(BIN)/python -m pytest -q -m s3 tests/unit/artifacts
-	@$(BIN)/python tests/kube/kubernetes_binaries.py
-	@$(BIN)/python -m pytest -q -m kube tests/kube
+test: $(VENV)/.dev ## All tiers; those for which Go or root is missing say so and are left out
+	@$(BIN)/python -m pytest -q $(SPREAD) -m "not (ray or kube or cluster or e2e)" tests/unit tests/house
+	@$(BIN)/python tests/kube/kubernetes_binaries.py node
+	@$(BIN)/python -m pytest -q $(SPREAD_FILES) -m kube tests/kube
 	@$(BIN)/python -m pytest -q -m ray tests/ray
+	@$(BIN)/python -m pytest -q -m cluster tests/cluster
 	@$(BIN)/python -m pytest -q -m e2e tests/e2e
 
 .PHONY: test-unit test-ray test-e2e test-s3 test-kube test-cluster
-test-unit: $(VENV)/.dev ## Unit tests: seconds, no Ray, no network
-	@$(BIN)/python -m pytest -q tests/unit
+test-unit: $(VENV)/.dev ## Unit tests: no Ray, no network
+	@$(BIN)/python -m pytest -q $(SPREAD) tests/unit
 test-ray: $(VENV)/.dev ## Tests on a real local Ray
 	@$(BIN)/python -m pytest -q -m ray tests/ray
 test-e2e: $(VENV)/.dev ## Whole manifests with the real engine
@@ -71,7 +79,7 @@ test-s3: $(VENV)/.dev ## The artifact store on a real S3-compatible server
 	@$(BIN)/python -m pytest -q -m s3 tests/unit/artifacts
 test-kube: $(VENV)/.dev ## On a real Kubernetes API server (built once with Go: about 7 minutes)
 	@$(BIN)/python tests/kube/kubernetes_binaries.py
-	@$(BIN)/python -m pytest -q -m kube tests/kube
+	@$(BIN)/python -m pytest -q $(SPREAD_FILES) -m kube tests/kube
 test-cluster: $(VENV)/.dev ## On a whole Kubernetes node with pods (root; more is built once, 3 minutes)
 	@$(BIN)/python tests/kube/kubernetes_binaries.py node
 	@$(BIN)/python -m pytest -q -m cluster tests/cluster

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 STRING, ARRAY, UINT32, INT32, FLOAT32, BOOL = 8, 9, 4, 5, 6, 7
@@ -74,6 +75,27 @@ def model_folder(**changed: bytes | None) -> dict[str, bytes]:
         else:
             files[shown] = data
     return files
+
+
+def write_model(folder: Path) -> Path:
+    """Files of a model, in a folder that is made where it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in model_folder().items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def write_inputs(folder: Path) -> Path:
+    """What a whole pipeline reads: `model`, and rows to train on and to evaluate with in its six tokens."""
+    write_model(folder / "model")
+    for name, ask, answer in (("train", "a", "b"), ("held", "b", "a")):
+        rows = [{"messages": [_turn("user", ask, n), _turn("assistant", answer, n)]} for n in range(1, 20)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _turn(role: str, word: str, times: int) -> dict[str, str]:
+    return {"role": role, "content": " ".join([word] * times)}
 
 
 def text(value: str) -> bytes:

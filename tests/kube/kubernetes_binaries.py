@@ -10,10 +10,10 @@ What is taken, in this order:
 
 Helm is built likewise, in 2 to 3 minutes; KubeRay's definitions are files of its Go module.
 
-A whole node (`make test-cluster`) needs more: containerd, CoreDNS and KubeRay's operator, built likewise in 3 minutes,
-and what Debian has packages of: runc, the plugins of pod networks, nft and a busybox. Packages that are not installed
-are downloaded and laid out beside the programs. What builds images (buildah, mmdebstrap) cannot be laid out so; in
-CI it is installed with apt-get.
+A whole node (`make test-cluster`) needs more: containerd, CoreDNS, KubeRay's operator and what enforces
+NetworkPolicies, built likewise in 4 minutes, and what Debian has packages of: runc, the plugins of pod networks, nft
+and a busybox. Packages that are not installed are downloaded and laid out beside the programs. What builds images
+(buildah, mmdebstrap) cannot be laid out so; in CI it is installed with apt-get.
 
 Where neither can be, FASTSERVE_TEST_KUBECONFIG names the kubeconfig of an existing cluster to test on.
 """
@@ -135,7 +135,8 @@ CONTAINERD = Module(
 )
 DNS = Module(folder="dns", package=".", program="coredns")
 KUBERAY = Module(folder="kuberay", package="github.com/ray-project/kuberay/ray-operator", program="ray-operator")
-OF_A_NODE = (CONTAINERD, DNS, KUBERAY)
+POLICIES = Module(folder="policies", package=".", program="policies")
+OF_A_NODE = (CONTAINERD, DNS, KUBERAY, POLICIES)
 
 DEBIAN = {
     "runc": ("runc",),
@@ -249,7 +250,9 @@ def main(words: Sequence[str] = ()) -> int:
     in_ci = os.environ.get("CI") == "true"
     if "node" in words and os.geteuid() != 0:
         sys.stderr.write("A whole node needs root; its tests are left out.\n")
-        return 1 if in_ci else 0
+        if in_ci:
+            return 1
+        words = []  # an API server alone needs no root
     go = shutil.which("go")
     wanted = [(KUBERNETES, "7 minutes", present() is None), (HELM, "3 minutes", present_helm() is None)]
     if "node" in words:

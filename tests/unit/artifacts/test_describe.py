@@ -50,6 +50,22 @@ def test_positions_of_roberta_begin_behind_the_padding(tmp_path: Path) -> None:
     assert describe(write_folder(tmp_path, config__json=config)).max_context == 512
 
 
+@pytest.mark.parametrize(
+    ("changed", "most"),
+    [
+        ({}, 64),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 256),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2}}}, 128),
+        ({"rope_scaling": None}, 64),
+        ({"model_max_length": 512}, 512),
+        ({"max_position_embeddings": None}, 0),
+    ],
+)
+def test_how_long_a_sequence_an_engine_takes(tmp_path: Path, changed: dict[str, Any], most: int) -> None:
+    config = {key: value for key, value in (model_files.CONFIG | changed).items() if value is not None}
+    assert describe(write_folder(tmp_path, config__json=json.dumps(config).encode())).most_context == most
+
+
 def test_a_model_that_hears(tmp_path: Path) -> None:
     from tiny_whisper import write_tiny_whisper
 
@@ -73,6 +89,7 @@ def test_the_facts_of_a_real_gguf_file_are_those_of_its_import() -> None:
     assert (facts.parameters, facts.weight_bytes, facts.dtype) == (134515008, 269030016, "bfloat16")
     assert (facts.layers, facts.hidden, facts.heads, facts.kv_heads, facts.head_dim) == (30, 576, 9, 3, 64)
     assert (facts.vocab, facts.max_context, facts.tied_embeddings) == (49152, 8192, True)
+    assert facts.most_context == 8192
     assert facts.warnings == ()
     assert facts.layer_names == ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
     assert ("k_proj", 576, 192) in facts.layer_shapes

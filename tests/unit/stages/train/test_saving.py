@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -405,7 +407,7 @@ def test_a_save_that_never_ends_is_given_up(tmp_path: Path) -> None:
 
 
 HANGS = """
-import os, sys, time
+import itertools, json, os, signal, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
 from slow_stores import TroubledStore
@@ -413,49 +415,68 @@ from fastserve.plan.stages import Stage, StageRequest
 from fastserve.stages.train.group import Group
 from fastserve.stages.train.saving import Saver
 from fastserve.stages.train.state import RunState
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo")
-store = TroubledStore(Path(sys.argv[1]), lambda name: time.sleep(0 if rank else 600))
-saver = Saver(store, StageRequest("m", Stage.TRAIN, "c" * 64, 1, {}), Group.current(), 1)
-saver.save({"parameters.a": torch.ones(3)}, RunState(1))
-if rank != int(sys.argv[3]):
-    time.sleep(600)
-time.sleep(1)
-if sys.argv[2] == "close":
-    saver.close()
-print(time.time(), flush=True)
+folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+pids, mine = {}, None
+for case, rank in itertools.product(cases, (0, 1)):  # forked, so that all this is imported once
+    pid = os.fork()
+    if not pid:
+        mine = case, rank
+        break
+    pids[case, rank] = pid
+if mine:
+    case, rank = mine
+    first, last, port = cases[case]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the parent's is read to its end
+    os.dup2(os.open(folder / f"{case}.{rank}.errors", os.O_WRONLY | os.O_CREAT), 2)
+    os.environ.update(RANK=str(rank), MASTER_PORT=str(port))
+    dist.init_process_group("gloo")
+    store = TroubledStore(folder / case, lambda name: time.sleep(0 if rank else 600))
+    saver = Saver(store, StageRequest("m", Stage.TRAIN, "c" * 64, 1, {}), Group.current(), 1)
+    saver.save({"parameters.a": torch.ones(3)}, RunState(1))
+    if rank != first:
+        time.sleep(600)
+    time.sleep(1)
+    if last == "close":
+        saver.close()
+    (folder / f"{case}.end").write_text(str(time.time()))
+else:
+    for case, (first, _, _) in cases.items():
+        while not (found := os.waitpid(pids[case, first], os.WNOHANG))[0]:
+            time.sleep(0.02)
+        took = time.time() - float((folder / f"{case}.end").read_text())
+        print(json.dumps([case, os.waitstatus_to_exitcode(found[1]), took]), flush=True)
 """
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, "drop"), (1, "close"), (1, "drop")])
-def test_a_save_under_way_does_not_hold_up_the_end_of_the_process(tmp_path: Path, first: int, last: str) -> None:
-    """Rank 0's thread is in the store, which takes for ever; that of rank 1 waits for it in a collective."""
+def test_a_save_under_way_does_not_hold_up_the_end_of_the_process(tmp_path: Path) -> None:
+    """Rank 0's thread is in the store, which takes for ever; that of rank 1 waits for it in a collective. Each case is
+    who ends first, and how."""
+    cases = {f"{first} {last}": (first, last, free_port()) for first, last in ((0, "drop"), (1, "close"), (1, "drop"))}
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(fastserve.__file__).parents[1]), str(Path(ranks.__file__).parent)]),
         "GLOO_SOCKET_IFNAME": "lo",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
         "TMPDIR": str(tmp_path),
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", HANGS, str(tmp_path / "store"), last, str(first)],
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", HANGS, str(tmp_path), json.dumps(cases)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        output, errors = processes[first].communicate(timeout=120)
-        ended = time.time()
-        assert processes[first].returncode == 0, errors
-        assert ended - float(output) < 20  # the store would take 600
+        output, errors = parent.communicate(timeout=180)
     finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+        parent.communicate()
+    told = [json.loads(line) for line in output.splitlines()]
+    assert [case for case, _, _ in told] == [*cases], errors
+    for case, code, took_seconds in told:
+        assert code == 0, (tmp_path / f"{case}.{cases[case][0]}.errors").read_text()
+        assert took_seconds < 20, case  # the store would take 600
