@@ -95,11 +95,16 @@ root = "{folder}/containerd"
 state = "/run/containerd"
 oom_score = 0
 disabled_plugins = [
-  "io.containerd.internal.v1.opt", "io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.blockfile",
+  "io.containerd.internal.v1.opt", "io.containerd.snapshotter.v1.blockfile",
   "io.containerd.snapshotter.v1.erofs", "io.containerd.tracing.processor.v1.otlp",
 ]
 [grpc]
   address = "{folder}/containerd.sock"
+[plugins."io.containerd.nri.v1.nri"]
+  disable = false
+  socket_path = "/run/nri/nri.sock"
+  plugin_path = "{folder}/nri/plugins"
+  plugin_config_path = "{folder}/nri/settings"
 [plugins."io.containerd.cri.v1.images"]
   snapshotter = "overlayfs"
   [plugins."io.containerd.cri.v1.images".pinned_images]
@@ -126,6 +131,17 @@ def _pod_network(place: Place) -> dict[str, Any]:
         "name": "pods",
         "plugins": [{"type": "ptp", "ipMasq": False, "mtu": 1500, "ipam": addresses}],
     }
+
+
+def policies(binaries: Binaries, shared: Path, place: Place) -> Step:
+    """What enforces NetworkPolicies. It asks containerd for the addresses of pods, and no pod may begin before it has
+    laid its rules."""
+    laid = "/run/policies.laid"
+    words = [
+        *(binaries["policies"], f"--kubeconfig={shared}/policies.conf", f"--node={place.name}"),
+        *(f"--pods={PODS}", f"--laid={laid}"),
+    ]
+    return _step("policies", words, ready=laid)
 
 
 def kubelet(binaries: Binaries, folder: Path, shared: Path, place: Place, cgroup: str, api: str) -> Step:

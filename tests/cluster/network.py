@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 SERVICES = "10.96.0.0/16"
@@ -49,20 +50,26 @@ def inside(pid: int, words: list[str]) -> list[str]:
     return ["nsenter", "--target", str(pid), "--net", *words]
 
 
-def call_inside(pid: int, function: Callable[[], T]) -> T:
-    """Call a function in a thread whose sockets are of the network of a process."""
+def call_in(network: Path, function: Callable[[], T]) -> T:
+    """Call a function in a thread whose sockets are of a network, by the kernel's handle of it."""
 
-    def enter() -> None:
-        handle = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    def call() -> T:
+        handle = os.open(network, os.O_RDONLY | os.O_CLOEXEC)
         try:
             libc = ctypes.CDLL(None, use_errno=True)
             if libc.setns(handle, CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "cannot enter the node's network")
+                raise OSError(ctypes.get_errno(), f"cannot enter {network}")
         finally:
             os.close(handle)
+        return function()
 
-    with ThreadPoolExecutor(1, initializer=enter) as thread:  # a thread stays where it went, so it is not used again
-        return thread.submit(function).result()
+    with ThreadPoolExecutor(1) as thread:  # a thread stays where it went, so it is not used again
+        return thread.submit(call).result()
+
+
+def call_inside(pid: int, function: Callable[[], T]) -> T:
+    """Call a function in a thread whose sockets are of the network of a process."""
+    return call_in(Path(f"/proc/{pid}/ns/net"), function)
 
 
 def first(pid: int, place: Place) -> None:

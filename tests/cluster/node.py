@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from component import containerd, control_plane, kube_proxy, kubelet
+from component import containerd, control_plane, kube_proxy, kubelet, policies
 from kubernetes_binaries import Binaries, downloads, libraries
 from network import Place
 
@@ -68,7 +68,8 @@ class Node:
         _make_cgroup(self.shared.name, self.place.name)
         steps = control_plane(self.binaries, self.shared, self.place) if self.place.number == 0 else []
         node = (self.binaries, self.folder, self.shared, self.place)
-        steps += [containerd(*node), kubelet(*node, self.cgroup, api), kube_proxy(*node)]
+        enforcing = policies(self.binaries, self.shared, self.place)
+        steps += [containerd(*node), enforcing, kubelet(*node, self.cgroup, api), kube_proxy(*node)]
         search = [str(downloads() / "usr/sbin"), str(Path(self.binaries["containerd"]).parent), "/usr/sbin", "/sbin"]
         environment = {
             "PATH": ":".join([*search, os.environ["PATH"]]),
