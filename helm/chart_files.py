@@ -63,6 +63,9 @@ ITEMS: dict[str, dict[str, Any]] = {
 }
 """What items of a list are, where it is not any block."""
 
+PATTERNS = {"store.uri": "^(s3://[^/]|/store(/|$))"}
+"""Texts that only some will do: a folder anywhere else would be of the pod alone, and gone with it."""
+
 
 @dataclass(frozen=True)
 class Value:
@@ -136,7 +139,8 @@ def _schema(value: Value) -> dict[str, Any]:
         case int():
             return {**described, "type": "integer", "minimum": 0}
         case str():
-            return {**described, "type": "string"}
+            pattern = {"pattern": PATTERNS[value.path]} if value.path in PATTERNS else {}
+            return {**described, "type": "string", **pattern}
         case list():
             return {**described, "type": "array", "items": ITEMS.get(value.path, {"type": "object"})}
         case dict():

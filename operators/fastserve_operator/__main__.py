@@ -1,9 +1,10 @@
 """`python -m fastserve_operator`: watches, and looks every few seconds and on every change.
 
-kopf watches the API server and tells that something changed, never what: what to do is found out by looking
-(`fastserve_operator.model`). No handler of kopf touches an object, so it puts no finalizer and no annotation of its own
-anywhere, and nothing that is wrong with an object can stop a handler. Of several replicas the one that holds the Lease
-acts; the others watch and wait.
+What watches the API server tells that something changed, never what: what to do is found out by looking
+(`fastserve_operator.model`). kopf watches AccessKeys and HardwareProfiles; Models and what is kept of them, of which
+there may be thousands, are watched by what also keeps them in memory (`fastserve.cluster.kube.watched`). No handler of
+kopf touches an object, so it puts no finalizer and no annotation of its own anywhere, and nothing that is wrong with an
+object can stop a handler. Of several replicas the one that holds the Lease acts; the others wait.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import argparse
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,14 +27,16 @@ from typing import Any
 
 import kopf
 
-from fastserve.cluster.kube.api import ACCESS_KEYS, MODELS, PROFILES, KubeApi
+from fastserve.cluster.kube.api import ACCESS_KEYS, CONFIG_MAPS, MODELS, PROFILES, KubeApi
 from fastserve.cluster.kube.cluster import KubeCluster
-from fastserve.cluster.kube.gateway import KubeGateway
+from fastserve.cluster.kube.gateway import NAME as GATEWAY
+from fastserve.cluster.kube.gateway import KubeGateway, is_empty
 from fastserve.cluster.kube.heads import Heads, OneHead
-from fastserve.cluster.kube.home import KubeHome
+from fastserve.cluster.kube.home import STATES, KubeHome
 from fastserve.cluster.kube.lease import LEASE_SECONDS, Lease
 from fastserve.cluster.kube.ray import GivenRay, RayClusterHead
 from fastserve.cluster.kube.ray_clusters import RayClusters
+from fastserve.cluster.kube.watched import Watched, WatchedApi
 from fastserve.errors import FastServeError
 from fastserve.spec.model import GROUP, VERSION
 from fastserve_operator.conditions import Trouble, attempted
@@ -49,6 +53,10 @@ GATHER_SECONDS = 0.2
 
 MOST_COST_SECONDS = 4.0
 """However much a look costs, a change is looked at within so many seconds."""
+
+FIRST_WAIT_SECONDS = 0.5
+MOST_WAIT_SECONDS = 15.0
+"""Between two watches of a collection; from the first to the most it doubles while they break at once."""
 
 log = logging.getLogger("fastserve.operator")
 
@@ -93,7 +101,9 @@ class Operator:
         looked at apart from what is served, so that a key that is taken away waits for no store and no Ray. Returns
         whether the next look is due soon."""
         looks: dict[str, Callable[[], bool]] = {}
-        for name in self._names():
+        asked = self._asked_for()
+        self._forget(asked)
+        for name in sorted(asked | set(self._namespaces)):
             looks[f"namespace {name}"] = partial(self._tend, name)
         for name, tended in dict(self._namespaces).items():
             looks[f"namespace {name}, its keys"] = tended.tend_keys
@@ -110,11 +120,24 @@ class Operator:
         """Wait for looks that are under way, but not longer than this."""
         self._rounds.close(seconds)
 
-    def _names(self) -> list[str]:
+    def _asked_for(self) -> set[str]:
+        """Namespaces in which somebody asks for something."""
         if self._options.namespace is not None:
-            return [self._options.namespace]
+            return {self._options.namespace}
         found = [*self._api.list(MODELS, None), *self._api.list(ACCESS_KEYS, None)]
-        return sorted({item["metadata"]["namespace"] for item in found} | set(self._namespaces))
+        return {item["metadata"]["namespace"] for item in found}
+
+    def _forget(self, asked: Collection[str]) -> None:
+        """Leave namespaces alone in which nobody asks for anything any more: those that are gone themselves, and those
+        whose gateway was told of it."""
+        for name in self._namespaces.keys() - set(asked) - self._under_way():
+            orders = attempted(partial(self._api.get, CONFIG_MAPS, name, GATEWAY))
+            if orders is None or (not isinstance(orders, Trouble) and is_empty(orders)):
+                del self._namespaces[name]
+
+    def _under_way(self) -> set[str]:
+        """Namespaces that are looked at."""
+        return {name.removeprefix("namespace ").removesuffix(", its keys") for name in self._rounds.under_way}
 
     def _namespace(self, name: str) -> Namespace:
         if name not in self._namespaces:
@@ -143,17 +166,23 @@ def main(words: Sequence[str] | None = None) -> int:
     for noisy in ("httpx", "kopf", "aiohttp"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        api = KubeApi.connect()
+        api = WatchedApi.connect()
     except FastServeError as error:
         log.error("%s: %s", error.reason, error)
         return error.exit_code
     identity = f"{socket.gethostname()}_{os.getpid()}_{secrets.token_hex(4)}"
     lease = Lease(api, options.lease_namespace, LEASE, identity, options.lease_seconds)
     stop, wake = threading.Event(), threading.Event()
+    watched = [
+        api.keep(MODELS, options.namespace, changed=wake.set),
+        api.keep(CONFIG_MAPS, options.namespace, STATES),
+    ]
     operator = Operator(api, options, lambda: lease.held)
+    died: list[str] = []
     threads = [
-        threading.Thread(target=_keep_lease, args=(lease, stop, wake), name="lease", daemon=True),
-        threading.Thread(target=_look, args=(operator, lease, stop, wake), name="look", daemon=True),
+        _thread("lease", partial(_keep_lease, lease, stop, wake), stop, died),
+        _thread("look", partial(_look, operator, lease, stop, wake, api.anew), stop, died),
+        *(_thread("watch", partial(_watch, item, stop), stop, died) for item in watched),
     ]
     for thread in threads:
         thread.start()
@@ -169,11 +198,28 @@ def main(words: Sequence[str] | None = None) -> int:
     finally:
         stop.set()
         wake.set()
-        for thread in threads:
+        for thread in threads[:2]:  # a watch ends with the process
             thread.join(30)
         operator.close(10)
         attempted(lease.release)
-    return 0
+    return int(bool(died))
+
+
+def _thread(name: str, work: Callable[[], None], stop: threading.Event, died: list[str]) -> threading.Thread:
+    """A thread that works until `stop`. One that ends before, of whatever cause, ends the process with it: an operator
+    that lives, holds the lease and looks at nothing would be worse than one that is started anew."""
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException:
+            log.exception("the thread '%s' broke", name)
+        finally:
+            if not stop.is_set():
+                died.append(name)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    return threading.Thread(target=run, name=name, daemon=True)
 
 
 def _keep_lease(lease: Lease, stop: threading.Event, wake: threading.Event) -> None:
@@ -191,13 +237,35 @@ def _keep_lease(lease: Lease, stop: threading.Event, wake: threading.Event) -> N
         stop.wait(lease.renew_seconds)
 
 
-def _look(operator: Operator, lease: Lease, stop: threading.Event, wake: threading.Event) -> None:
-    """Look every few seconds, and soon after a change."""
+def _watch(watched: Watched, stop: threading.Event) -> None:
+    """Keep a collection watched; while it is not, each look lists it."""
+    wait, told = FIRST_WAIT_SECONDS, False
+    while not stop.is_set():
+        began_at = time.monotonic()
+        broke = attempted(lambda: watched.follow(patience_seconds=60.0))
+        if isinstance(broke, Trouble) and not told:
+            log.warning("%s are not watched for now, and listed at each look: %s", watched.name, broke.message)
+        told = isinstance(broke, Trouble)
+        if time.monotonic() > began_at + MOST_WAIT_SECONDS:
+            wait = FIRST_WAIT_SECONDS
+        stop.wait(wait)
+        wait = min(2 * wait, MOST_WAIT_SECONDS)
+
+
+def _look(
+    operator: Operator, lease: Lease, stop: threading.Event, wake: threading.Event, anew: Callable[[], None]
+) -> None:
+    """Look every few seconds, and soon after a change. anew: called before the first look of a term, since another
+    replica may have written until now."""
+    term = 0
     while not stop.is_set():
         wake.clear()
         spent = time.process_time()
         told: bool | Trouble = False
         if lease.held:
+            if term != lease.term:
+                anew()
+                term = lease.term
             told = attempted(operator.tend)
             if isinstance(told, Trouble):
                 log.warning("%s: %s", told.reason, told.message)
@@ -214,7 +282,7 @@ def _registry(wake: threading.Event) -> kopf.OperatorRegistry:
     def changed(**_: Any) -> None:
         wake.set()
 
-    for resource in (MODELS, ACCESS_KEYS, PROFILES):
+    for resource in (ACCESS_KEYS, PROFILES):
         kopf.on.event(GROUP, VERSION, resource.plural, registry=registry)(changed)
 
     @kopf.on.login(registry=registry)

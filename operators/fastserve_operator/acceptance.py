@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -70,11 +70,16 @@ class Surveys:
         self._lock = threading.Lock()
 
     def answer(
-        self, found: Mapping[str, Any], profiles: Sequence[HardwareProfile], there: Collection[str]
+        self,
+        found: Mapping[str, Any],
+        profiles: Sequence[HardwareProfile],
+        there: Collection[str],
+        patience_seconds: float = 0.0,
     ) -> Survey | Trouble | None:
         """What is known of a Model object as it is now: a survey, why there is none, or None while it is read.
 
-        profiles: that are described. there: names of those that the Ray cluster has machines of.
+        profiles: that are described. there: names of those that the Ray cluster has machines of. patience_seconds: how
+        long a survey that has just begun is waited for; one that waits for its turn is not.
         """
         name = found["metadata"]["name"]
         question = self._questions.get(name)
@@ -87,7 +92,11 @@ class Surveys:
             self._begin()
             # A refusal stays in force while the same thing is looked at again.
             again = question is not None and question.asked == asking(found)
-            return question.future.result() if question is not None and again else None
+            if question is not None and again:
+                return question.future.result()
+            question = self._questions[name]
+            if question.began_at is not None:
+                wait([question.future], patience_seconds)
         self._begin()
         if question.future.done():
             return question.future.result()
@@ -98,6 +107,11 @@ class Surveys:
         self._questions.pop(name, None)
         with self._lock:
             self._waiting.pop(name, None)
+
+    def keep(self, names: Collection[str]) -> None:
+        """Forget all others."""
+        for name in self._questions.keys() - set(names):
+            self.forget(name)
 
     def _begin(self) -> None:
         """Begin those whose turn it is."""

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
-from fastserve.cluster.kube.api import ACCESS_KEYS, MANAGED_BY, MANAGER, SECRETS, KubeApi, is_ours, owner_reference
-from fastserve.errors import NameConflict, StateChanged
+from fastserve.cluster.kube.api import (
+    ACCESS_KEYS,
+    MANAGED_BY,
+    MANAGER,
+    SECRETS,
+    KubeApi,
+    Object,
+    is_ours,
+    owner_reference,
+)
+from fastserve.errors import ClusterFailed, NameConflict
 from fastserve.gateway.keys import digest, new_key
 from fastserve.plan.executable import check_access_key
 from fastserve.spec import status as schemas
@@ -24,6 +34,8 @@ from fastserve_operator.conditions import Trouble, attempted
 from fastserve_operator.story import pruned, same
 
 KEY = "key"
+
+log = logging.getLogger("fastserve.operator")
 
 
 def tend_key(api: KubeApi, found: Mapping[str, Any], now: str) -> dict[str, Any] | None:
@@ -47,7 +59,9 @@ def tend_key(api: KubeApi, found: Mapping[str, Any], now: str) -> dict[str, Any]
     wanted = {"observedGeneration": found["metadata"]["generation"], "conditions": [ready], **facts}
     status = pruned(schemas.of_access_key(), wanted)
     if not same(status, found.get("status")):
-        attempted(lambda: api.apply_status(ACCESS_KEYS, found, status))
+        told = attempted(lambda: api.apply_status(ACCESS_KEYS, found, status))
+        if isinstance(told, Trouble) and told.reason != "StateChanged":
+            log.warning("the status of AccessKey %s was not written: %s", found["metadata"]["name"], told.message)
     return None if isinstance(entry, Trouble) else entry
 
 
@@ -59,17 +73,31 @@ def _entry(api: KubeApi, found: Mapping[str, Any]) -> dict[str, Any]:
     spec = manifest.spec
     return {
         "name": manifest.metadata.name,
-        "sha256": digest(_key(api, found)),
+        "sha256": _sha256(api, found),
         "models": sorted(set(spec.models)),
         "expires": spec.expires.isoformat() if spec.expires else None,
     }
 
 
-def _key(api: KubeApi, found: Mapping[str, Any]) -> str:
-    """The key; made when there is none. Raises NameConflict when the Secret's name is taken."""
+def _sha256(api: KubeApi, found: Mapping[str, Any]) -> str:
+    """Of the key. A Secret that cannot be read just now says nothing: what it held last goes on, so that an API server
+    which stumbles shuts nobody out."""
+    try:
+        secret = api.get(SECRETS, found["metadata"]["namespace"], _secret_name(found))
+    except ClusterFailed as error:
+        known = (found.get("status") or {}).get("sha256")
+        if known is None:
+            raise
+        log.warning("%s stays as it is: %s", _secret_name(found), error)
+        return str(known)
+    return digest(_key(api, found, secret))
+
+
+def _key(api: KubeApi, found: Mapping[str, Any], secret: Object | None) -> str:
+    """The key; made when there is no Secret. Raises NameConflict when the Secret's name is taken, or it
+    holds no key."""
     metadata = found["metadata"]
     name, namespace = _secret_name(found), metadata["namespace"]
-    secret = api.get(SECRETS, namespace, name)
     if secret is None:
         value = {
             "metadata": {
@@ -88,9 +116,14 @@ def _key(api: KubeApi, found: Mapping[str, Any]) -> str:
             "remove it, or give the AccessKey another name"
         )
     text = (secret.get("data") or {}).get(KEY)
-    if text is None:
-        raise StateChanged(f"the Secret {name} holds no {KEY}; remove it, and a new key is made")
-    return base64.b64decode(text).decode()
+    try:
+        return base64.b64decode(text or "").decode("ascii") or _no_key(name)
+    except ValueError:
+        return _no_key(name)
+
+
+def _no_key(name: str) -> NoReturn:
+    raise NameConflict(f"the Secret {name} holds no {KEY}; remove it, and a new key is made")
 
 
 def _secret_name(found: Mapping[str, Any]) -> str:

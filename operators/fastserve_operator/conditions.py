@@ -142,6 +142,11 @@ def lifted(told: Condition, pod: PodTrouble | None) -> Condition:
 
 
 _ADVICE = (
+    (
+        re.compile(r"refuses this home's token \(403\): it belongs to another home.*"),
+        "refuses the token (403): its Secret was changed since the head's pod began; put the old token back, or delete "
+        "the RayCluster, and another one is made",
+    ),
     (re.compile(r"`fastserve up` tries again"), "a new value of the annotation fastserve.dev/retry tries again"),
     (re.compile(r"[;,:]? (?:try again, or )?(?:and )?run `fastserve [^;.]*"), ""),
     (re.compile(r"`fastserve (?=(?:logs|status|why|rollback)\b)"), "`kubectl fastserve "),

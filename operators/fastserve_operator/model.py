@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from fastserve.cluster.kube.api import ACCESS_KEYS, MODELS, PROFILES, KubeApi, O
 from fastserve.cluster.kube.cluster import KubeCluster
 from fastserve.cluster.kube.events import tell
 from fastserve.cluster.kube.pods import Pods, PodTrouble
-from fastserve.cluster.kube.rollback import roll_back
+from fastserve.cluster.kube.rollback import is_wished, roll_back
 from fastserve.cluster.kube.tokens import read_secret
 from fastserve.cluster.local import Beat
 from fastserve.cluster.ray_jobs import Job
@@ -36,7 +36,7 @@ from fastserve.spec.model import HardwareProfile
 from fastserve_operator.acceptance import Surveys
 from fastserve_operator.access import tend_key
 from fastserve_operator.conditions import Trouble, attempted
-from fastserve_operator.story import same, status_of_object
+from fastserve_operator.story import moving_to, same, status_of_object
 
 log = logging.getLogger("fastserve.operator")
 
@@ -46,6 +46,9 @@ may have been deleted."""
 
 SETTLED_AT_ONCE = 100
 """Such Models that one look takes up again; of thousands each has its turn."""
+
+FIRST_SECONDS = 0.5
+"""How long the survey of a new Model is waited for: most are done by then, and nothing need be said of it twice."""
 
 Shared = Mapping[str, Job] | Trouble
 """The head's jobs, or why they are not known."""
@@ -69,6 +72,9 @@ class Namespace:
         self._looked_again = 0
         self._pods = Pods(api, namespace, time.time)
         self._pod_troubles: Sequence[PodTrouble] | None = None
+        self._there: Collection[str] | Trouble | None = None
+        """Profiles that there are machines of; None: nobody has asked at this look."""
+
         self._by_event: dict[str, Mapping[str, str]] = {}
         """What was told of Models that can have no status; losing it tells it once more."""
 
@@ -97,10 +103,11 @@ class Namespace:
             if isinstance(told, Trouble) and self._cluster.key_entries is None:
                 raise ClusterFailed(told.message)
         self._busy = False
-        self._pod_troubles = None
+        self._pod_troubles = self._there = None
         self._looked_again = 0
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         models = self._home.look()
+        self._forget_all_but({item["metadata"]["name"] for item in models})
         profiles = self._profiles()
         self._home.described = {profile.metadata.name: profile.spec for profile in profiles}
         shared = attempted(self._cluster.keep)
@@ -108,6 +115,12 @@ class Namespace:
         if self._acts():
             attempted(lambda: self._cluster.share_with_training([beat for beat in beats if beat is not None]))
         return self._busy
+
+    def _forget_all_but(self, names: Collection[str]) -> None:
+        self._surveys.keep(names)
+        for kept in (self._settled, self._by_event):
+            for name in kept.keys() - names:
+                del kept[name]
 
     def _tend(self, found: Object, profiles: Sequence[HardwareProfile], shared: Shared, now: str) -> Beat | None:
         """Bring one Model a step closer to its spec. It never raises: one broken Model never touches another."""
@@ -121,7 +134,7 @@ class Namespace:
             return None
         if self._is_settled(found):
             return None
-        refusal = attempted(lambda: self._accept(found, profiles))
+        refusal = attempted(lambda: self._accept(found, profiles, shared, now))
         beat = attempted(lambda: self._look(found, shared, now))
         self._busy |= beat is not None or refusal is None or refusal.passing
         if isinstance(beat, Beat):
@@ -148,15 +161,21 @@ class Namespace:
         marks = (metadata["uid"], metadata["generation"], metadata.get("annotations"), metadata.get("finalizers"))
         return (*marks, found.get("status"), self._home.version(metadata["name"]))
 
-    def _accept(self, found: Object, profiles: Sequence[HardwareProfile]) -> Trouble | None:
+    def _accept(self, found: Object, profiles: Sequence[HardwareProfile], shared: Shared, now: str) -> Trouble | None:
         """Make what is asked for what is wanted. Returns why it is not yet."""
         name = found["metadata"]["name"]
         if self._home.is_accepted(found) and name not in self._home.damaged:
             return None
-        there = attempted(self._cluster.there)
-        known = {LOCAL, *self._home.described} if isinstance(there, Trouble) else there
-        answer = self._surveys.answer(found, profiles, known)
+        if self._there is None:
+            self._there = attempted(self._cluster.there)
+        known = {LOCAL, *self._home.described} if isinstance(self._there, Trouble) else self._there
+        had = self._home.model(name) is not None
+        answer = self._surveys.answer(found, profiles, known, 0.0 if had else FIRST_SECONDS)
         if isinstance(answer, Survey):
+            if had and is_wished(self._home, found):
+                # A rollback that comes with an edit is about what was accepted before, so it is obeyed first; where Ray
+                # does not answer, the edit is accepted all the same: it may be the cure.
+                attempted(lambda: self._look(found, shared, now))
             self._cluster.require(answer.model)
             self._cluster.hold(found)  # before anything of it runs
             pin = self._home.pin(name)
@@ -166,7 +185,7 @@ class Namespace:
             self._surveys.forget(name)
             self._cluster.ask_anew(name)
             return None
-        return answer or Trouble("Surveying", "Its sources and data are being read.", True)
+        return answer if isinstance(answer, Trouble) else Trouble("Surveying", "Its sources are being read.", True)
 
     def _look(self, found: Object, shared: Shared, now: str) -> Beat | Trouble | None:
         name = found["metadata"]["name"]
@@ -194,9 +213,9 @@ class Namespace:
         """Let a deleted Model go when nothing of it runs. Returns what is waited for."""
         name = found["metadata"]["name"]
         self._cluster.let_go(name)
-        # Another model's trouble with the cluster need not hold this one.
-        jobs = self._cluster.jobs() if isinstance(shared, Trouble) else shared
-        waits = self._cluster.end(found, jobs)
+        if isinstance(shared, Trouble):  # another model's trouble with the cluster need not hold this one
+            self._cluster.look_at_heads()
+        waits = self._cluster.end(found)
         return None if waits is None else Trouble("Deleting", f"It was deleted; there is still {waits}.", True)
 
     def _tell(self, found: Object, beat: Beat | None, trouble: Trouble | None, now: str) -> None:
@@ -214,7 +233,8 @@ class Namespace:
         story = None if beat is None else status_of(beat.model, beat.observed, beat.moves, store, url)
         rollback = attempted(lambda: self._home.rollback(found["metadata"]["name"]))
         asked = None if isinstance(rollback, Trouble) else rollback
-        status = status_of_object(found, story, moves, trouble, now, asked, self._troubles(found, story, trouble))
+        pods, moving = self._troubles(found, story, trouble), "" if story is None else self._moving(found)
+        status = status_of_object(found, story, moves, trouble, now, asked, pods, moving)
         before = found.get("status")
         if same(status, before):
             return
@@ -238,11 +258,20 @@ class Namespace:
         waits = trouble.reason == "ClusterFailed" if trouble is not None else story is not None and _waits(story)
         if not waits:
             return ()
+        mine = attempted(lambda: self._cluster.ray_clusters_of(found["metadata"]["name"]))
+        return [] if isinstance(mine, Trouble) else [pod for pod in self._troubled_pods() if pod.cluster in mine]
+
+    def _moving(self, found: Object) -> str:
+        """What there is to say of a Model that is on its way to another RayCluster; empty when it is on none."""
+        target = attempted(lambda: self._cluster.moves_to(found["metadata"]["name"]))
+        return "" if target is None or isinstance(target, Trouble) else moving_to(*target, found, self._troubled_pods())
+
+    def _troubled_pods(self) -> Sequence[PodTrouble]:
+        """Asked for once a look, by the first who waits for pods."""
         if self._pod_troubles is None:
             listed = attempted(self._pods.troubles)
             self._pod_troubles = () if isinstance(listed, Trouble) else listed
-        mine = attempted(lambda: self._cluster.ray_clusters_of(found["metadata"]["name"]))
-        return [] if isinstance(mine, Trouble) else [pod for pod in self._pod_troubles if pod.cluster in mine]
+        return self._pod_troubles
 
     def _profiles(self) -> list[HardwareProfile]:
         """The cluster's HardwareProfiles; one that cannot be read is as if it were not there."""

@@ -23,12 +23,14 @@ def status_of_object(
     now: str,
     rollback: Mapping[str, str] | None = None,
     pods: Sequence[PodTrouble] = (),
+    moving: str = "",
 ) -> dict[str, Any]:
     """The whole status of a Model object.
 
     found: the object as it is. story: as `cluster.status.status_of` tells it; None when nothing was accepted, or
     nothing could be seen. trouble: what is wrong with the object or with its cluster. now: RFC 3339. rollback: what
     came of the last one that was asked for by hand. pods: what is wrong with the pods of its Ray clusters.
+    moving: a sentence on its way to another RayCluster (`moving_to`).
     """
     if trouble is not None and trouble.reason == "ClusterFailed":
         trouble = _of_head(trouble, pods)
@@ -41,17 +43,42 @@ def status_of_object(
         return pruned(schemas.of_model(), kept)
     revisions = story["revisions"]
     serves = [item for item in revisions if item["weight"] > 0]
+    told = _conditions(found, story, trouble, now, pods)
+    if moving and any((item["type"], item["status"]) == ("Serve", "True") for item in told):
+        told, more = [_moving(item, moving) for item in told], [moving]
+    else:
+        more = []  # what does not answer yet has other things to say
     value = {
         **story,
         "observedGeneration": found["metadata"]["generation"],
-        "conditions": _conditions(found, story, trouble, now, pods),
-        "why": _why(story, trouble),
+        "conditions": told,
+        "why": [*_why(story, trouble), *more],
+        "adapters": story.get("adapters") or None,
         "rollback": rollback,
         "stage": current_stage(moves),
         "revision": max(serves, key=lambda item: item["weight"])["digest"][:8] if serves else None,
         "replicas": sum(item["replicas"] for item in revisions) if found["spec"].get("serve") is not None else None,
     }
     return pruned(schemas.of_model(), value)
+
+
+def moving_to(name: str, why: str, found: Mapping[str, Any], pods: Sequence[PodTrouble]) -> str:
+    """What a model says that is served at one RayCluster and shall be at another.
+
+    name: of the other one; empty when it cannot be made, and then `why` says why. pods: with what is wrong with them.
+    """
+    if not name:
+        return f"It waits for a RayCluster as the chart and the manifest say now, which cannot be made: {why}"
+    told = f"It moves to RayCluster {name} and is served where it is until it answers there"
+    pod = _first([pod for pod in pods if pod.cluster == name], _serves_on(found))
+    return f"{told}." if pod is None else f"{told}; that waits: {pod.message}"
+
+
+def _moving(told: Condition, moving: str) -> Condition:
+    """The condition `Serve` with what there is to say of a move."""
+    if told["type"] != "Serve":
+        return told
+    return {**told, "message": f"{told['message']} {moving}"[: conditions.MOST_CHARACTERS]}
 
 
 def _why(story: Mapping[str, Any], trouble: Trouble | None) -> list[str]:
@@ -115,23 +142,31 @@ def _trains_on(found: Mapping[str, Any]) -> Collection[str]:
 
 def pruned(schema: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a value that a structural schema has room for: an API server would drop the rest, and no two looks
-    would ever agree. Nulls and figures that are no numbers are left out."""
+    would ever agree. Nulls and figures that are no numbers are left out,
+    and letters that are none are replaced."""
     known, every = schema.get("properties", {}), schema.get("additionalProperties")
     other = _OPEN if schema.get("x-kubernetes-preserve-unknown-fields") else every
     below = {key: known.get(key, other) for key in value}
-    kept = {str(key): _pruned(below[key], item) for key, item in value.items() if below[key] is not None}
+    kept = {_letters(str(key)): _pruned(below[key], item) for key, item in value.items() if below[key] is not None}
     return {key: item for key, item in kept.items() if item is not None}
 
 
 def _pruned(schema: Mapping[str, Any], value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, str):
+        return _letters(value)
     if isinstance(value, Mapping):
         return pruned(schema, value)
     if isinstance(value, list | tuple):
         kept = [_pruned(schema.get("items", _OPEN), item) for item in value]
         return [item for item in kept if item is not None]
     return int(value) if schema.get("type") == "integer" and value is not None else value
+
+
+def _letters(text: str) -> str:
+    """Text as it comes back from the API server: half a letter, as a file's name may hold one, would be another one."""
+    return text.encode(errors="replace").decode()
 
 
 _OPEN: Mapping[str, Any] = {"x-kubernetes-preserve-unknown-fields": True}
@@ -143,7 +178,7 @@ def same(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
 
 
 def _ordered(status: Mapping[str, Any]) -> dict[str, Any]:
-    by = {"conditions": "type", "revisions": "digest"}
+    by = {"conditions": "type", "revisions": "digest", "adapters": "name"}
     return {
         key: sorted(item, key=lambda entry: entry[by[key]]) if key in by else item
         for key, item in status.items()

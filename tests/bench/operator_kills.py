@@ -11,24 +11,20 @@ import os
 import random
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from tests.bench.figure import Figure
+from tests.bench.operator_ground import Ground, ground
 
-from fastserve.cluster.home import Home
-from fastserve.cluster.ray_head import Endpoint, RayHead
+from fastserve.cluster.ray_head import Endpoint
 from fastserve.cluster.ray_jobs import Jobs, JobState
 from fastserve.cluster.ray_serve import ServeApi
 from fastserve.spec.model import API_VERSION
 
-ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("FASTSERVE_BENCH_KILLS", "200"))
 REPLICAS = 3
 LEASE_SECONDS = 1
@@ -81,22 +77,14 @@ class Pipelines:
 class Replicas:
     """The operator's processes."""
 
-    def __init__(self, folder: Path, kubeconfig: Path, head: Endpoint) -> None:
-        self._folder = folder
-        self._head = head
-        self._environment = {**os.environ, "KUBECONFIG": str(kubeconfig)}
+    def __init__(self, there: Ground) -> None:
+        self._ground = there
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
     def fill(self) -> None:
         """Start what is missing."""
         while len(self._processes) < REPLICAS:
-            words = [sys.executable, "-m", "fastserve_operator", "--namespace", "default"]
-            words += ["--store", str(self._folder / "store"), "--scratch", str(self._folder / "scratch")]
-            words += ["--ray-address", self._head.dashboard_url, "--ray-token-file", str(self._head.token_path)]
-            words += ["--serve-url", self._head.serve_url, "--stage-python", self._head.python]
-            words += ["--lease-seconds", str(LEASE_SECONDS), "--gateway-admin-url", "http://127.0.0.1:9"]
-            with open(self._folder / "operator.log", "ab") as log:
-                process = subprocess.Popen(words, env=self._environment, stdout=log, stderr=log)
+            process = self._ground.operator("--lease-seconds", str(LEASE_SECONDS))
             self._processes[process.pid] = process
 
     def kill(self, pid: int) -> bool:
@@ -127,35 +115,27 @@ class Replicas:
 
 def run() -> Iterator[Figure]:
     """About eight minutes for 200."""
-    sys.path[:0] = [str(ROOT / "tests/kube"), str(ROOT / "tests/e2e")]
-    from control_plane import control_plane
-    from kubernetes_binaries import WHAT_TO_DO, present
-    from tiny import tiny_model, tiny_rows
+    with ground() as there:
+        from tiny import tiny_model, tiny_rows
 
-    binaries = present()
-    if binaries is None:
-        raise SystemExit(f"needs {WHAT_TO_DO}")
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastserve-bench-")))
+        folder, cluster = there.folder, there.cluster
         tiny_model(folder / "model")
         tiny_rows(folder / "train.jsonl", 0, 64)
         tiny_rows(folder / "held.jsonl", 1000, 16)
-        cluster = stack.enter_context(control_plane(binaries))
-        cluster.kubectl("apply", "-f", str(ROOT / "helm/fastserve/crds"))
-        cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd/models.fastserve.dev")
-        home = Home(folder / "home")
-        home.create()
-        ray = RayHead(home.path)
-        head = ray.start()
-        stack.callback(ray.stop)
-        pipelines, replicas = Pipelines(cluster, folder), Replicas(folder, cluster.kubeconfig, head)
-        stack.callback(replicas.stop)
-        began = time.monotonic()
-        gaps = _kill(cluster, pipelines, replicas)
-        yield Figure("operator killed at random moments", len(gaps), "times", f"{KILLS}", len(gaps) == KILLS)
-        yield Figure("killed over", time.monotonic() - began, "s")
-        yield Figure("without a leader, longest", max(gaps), "s")
-        yield from _end(cluster, pipelines, folder, head)
+        pipelines, replicas = Pipelines(cluster, folder), Replicas(there)
+        try:
+            yield from _measured(there, pipelines, replicas)
+        finally:
+            replicas.stop()
+
+
+def _measured(there: Ground, pipelines: Pipelines, replicas: Replicas) -> Iterator[Figure]:
+    began = time.monotonic()
+    gaps = _kill(there.cluster, pipelines, replicas)
+    yield Figure("operator killed at random moments", len(gaps), "times", f"{KILLS}", len(gaps) == KILLS)
+    yield Figure("killed over", time.monotonic() - began, "s")
+    yield Figure("without a leader, longest", max(gaps), "s")
+    yield from _end(there.cluster, pipelines, there.folder, there.head)
 
 
 def _kill(cluster: Any, pipelines: Pipelines, replicas: Replicas) -> list[float]:

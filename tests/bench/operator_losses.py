@@ -11,11 +11,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -28,13 +26,12 @@ from typing import Any
 import httpx
 import psutil
 from tests.bench.figure import Figure
+from tests.bench.operator_ground import Ground, ground
 
 from fastserve.cluster.home import Home
 from fastserve.cluster.processes import free_port
-from fastserve.cluster.ray_head import Endpoint, RayHead
 from fastserve.spec.model import API_VERSION
 
-ROOT = Path(__file__).parents[2]
 CLIENTS = 6
 TRIES = 3
 TOKENS = 60
@@ -203,27 +200,12 @@ def wait(true: Callable[[], bool], seconds: float, what: str) -> None:
 
 def run() -> Iterator[Figure]:
     """About three minutes."""
-    sys.path[:0] = [str(ROOT / "tests/kube"), str(ROOT / "tests/e2e")]
-    from control_plane import control_plane
-    from kubernetes_binaries import WHAT_TO_DO, present
-    from tiny import tiny_model
+    with ground() as there, ExitStack() as stack:
+        from tiny import tiny_model
 
-    binaries = present()
-    if binaries is None:
-        raise SystemExit(f"needs {WHAT_TO_DO}")
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastserve-bench-")))
+        folder, cluster = there.folder, there.cluster
         tiny_model(folder / "model")
-        cluster = stack.enter_context(control_plane(binaries))
-        cluster.kubectl("apply", "-f", str(ROOT / "helm/fastserve/crds"))
-        for name in ("models", "accesskeys"):
-            cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s", f"crd/{name}.fastserve.dev")
-        home = Home(folder / "home")
-        home.create()
-        ray = RayHead(home.path)
-        head = ray.start()
-        stack.callback(ray.stop)
-        operators = Operators(folder, cluster.kubeconfig, head)
+        operators = Operators(there)
         stack.callback(operators.stop)
         operators.start()
         spec = {
@@ -241,25 +223,18 @@ def run() -> Iterator[Figure]:
         clients = Clients(gateways.bases, base64.b64decode(secret["data"]["key"]).decode())
         stack.callback(clients.stop)
         clients.start()
-        yield from _phases(cluster, home, operators, gateways, clients)
+        yield from _phases(cluster, there.home, operators, gateways, clients)
 
 
 class Operators:
     """One operator at a time."""
 
-    def __init__(self, folder: Path, kubeconfig: Path, head: Endpoint) -> None:
-        self._words = [sys.executable, "-m", "fastserve_operator", "--namespace", "default", "--lease-seconds", "3"]
-        self._words += ["--store", str(folder / "store"), "--scratch", str(folder / "scratch")]
-        self._words += ["--ray-address", head.dashboard_url, "--ray-token-file", str(head.token_path)]
-        self._words += ["--serve-url", head.serve_url, "--stage-python", head.python]
-        self._words += ["--gateway-admin-url", "http://127.0.0.1:9"]
-        self._environment = {**os.environ, "KUBECONFIG": str(kubeconfig)}
-        self._log = folder / "operator.log"
+    def __init__(self, there: Ground) -> None:
+        self._ground = there
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        with open(self._log, "ab") as log:
-            self._process = subprocess.Popen(self._words, env=self._environment, stdout=log, stderr=log)
+        self._process = self._ground.operator("--lease-seconds", "3")
 
     def kill(self) -> None:
         assert self._process is not None

@@ -7,5 +7,5 @@ from tests.bench.operator_steady import MODELS, measured
 
 
 def run() -> Iterator[Figure]:
-    """Some minutes."""
+    """About ten minutes."""
     yield from measured(10 * MODELS, aims=False)

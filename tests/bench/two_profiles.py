@@ -1,7 +1,8 @@
 """Two replicas, one of them three times as slow, behind the gateway: `python -m tests.bench.two_profiles`.
 
-Two plain vLLM servers with a small random model, held to 0.9 and 0.3 cores by CPU quota. The gateway hands each as
-much as it has free slots for; beside it stands what even turns give (one request to each in turn, by the client).
+Two plain vLLM servers with a small random model, held to 0.9 and 0.3 cores by CPU quota. The gateway fills the
+slots of the first, then those of the second; beside it stands what even turns give (one request to each in turn, by the
+client).
 Solos, pair and turns take turns themselves, so that all see the same machine.
 """
 
@@ -162,8 +163,8 @@ def _figures(gateways: dict[str, str], urls: dict[str, str], headers: dict[str, 
 
 @contextlib.contextmanager
 def gateway(folder: Path, port: int, urls: list[str], key: str) -> Iterator[str]:
-    """The real gateway in front of some servers."""
-    targets = tuple(Target(url, SLOTS) for url in urls)
+    """The real gateway in front of some servers: each of a profile of its own, in the order of `serve.profiles`."""
+    targets = tuple(Target(url, SLOTS, rank=place) for place, url in enumerate(urls))
     models = {"pair": Served("generate", 0, (Route("0" * 64, 1, targets),))}
     file = folder / f"gateway-{port}.json"
     write(file, Config(port=port, models=models, keys=(Key("bench", digest(key), ("pair",)),)))

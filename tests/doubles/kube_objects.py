@@ -1,8 +1,8 @@
 """A small API server on loopback: objects with resourceVersion, generation, finalizers and owners, over real HTTP.
 
-As far as the operator and the command line ask: get, list by label, create, JSON merge patch with a resourceVersion,
-server-side apply (by one manager alone), delete with garbage collection. Nothing is admitted or validated here;
-`tests/kube` does that with the real server.
+As far as the operator and the command line ask: get, list by label and field, watch, create, JSON merge patch with a
+resourceVersion, server-side apply (by one manager alone), delete with garbage collection. Nothing is admitted or
+validated here; `tests/kube` does that with the real server.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from kubernetes import client
@@ -23,6 +26,18 @@ from kubernetes import client
 from fastserve.cluster.kube.api import KubeApi
 
 Object = dict[str, Any]
+Api = TypeVar("Api", bound=KubeApi)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One write."""
+
+    version: int
+    path: str
+    before: Object | None
+    after: Object | None
+    """None when it is gone."""
 
 
 class KubeObjects:
@@ -34,8 +49,17 @@ class KubeObjects:
         self.down = False
         """While set, every call gets a 503."""
 
+        self.changes: list[Change] = []
+        self.compacted = 0
+        """Nobody can watch from before this version: 410."""
+
+        self.breaks = 0
+        """How often every watch over HTTP was ended in the middle."""
+
         self._numbers = itertools.count(1)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._before: dict[str, Object | None] = {}
+        self._told = threading.Condition(self._lock)
 
     # -- what a test does by hand ----------------------------------------------------------------------------------
 
@@ -58,6 +82,44 @@ class KubeObjects:
             found["metadata"]["deletionTimestamp"] = "2027-01-01T00:00:00Z"
             self._stamp(path)
             self._collect()
+
+    def break_watches(self) -> None:
+        """End every watch that is under way, without a word."""
+        with self._lock:
+            self.breaks += 1
+            self._told.notify_all()
+
+    def since(self, path: str, query: dict[str, list[str]], version: int) -> list[Object]:
+        """What a watch of a collection is told that begins after a version."""
+        if version < self.compacted:
+            return [{"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired"}}]
+        wanted = _selector(query, "labelSelector")
+        found = []
+        for change in self.changes:
+            if change.version > version and _is_in(change.path, path):
+                was, fits = (item is not None and _has(_labels(item), wanted) for item in (change.before, change.after))
+                kind = ("ADDED" if not was else "MODIFIED") if fits else "DELETED"
+                if was or fits:
+                    told = copy.deepcopy(change.after or change.before)
+                    told["metadata"]["resourceVersion"] = str(change.version)
+                    found.append({"type": kind, "object": told})
+        return found
+
+    def watch(self, path: str, query: dict[str, list[str]]) -> Iterator[Object]:
+        """A watch over HTTP; it ends after `timeoutSeconds`, or when it is broken."""
+        version, breaks = int(query["resourceVersion"][0]), self.breaks
+        end = time.monotonic() + float(query["timeoutSeconds"][0])
+        while True:
+            with self._lock:
+                while not (told := self.since(path, query, version)) and self.breaks == breaks:
+                    if not self._told.wait(end - time.monotonic()):
+                        break
+            if self.breaks > breaks or not told:
+                return
+            yield from told
+            if told[0]["type"] == "ERROR":
+                return
+            version = int(told[-1]["object"]["metadata"]["resourceVersion"])
 
     # -- what comes over HTTP --------------------------------------------------------------------------------------
 
@@ -84,13 +146,20 @@ class KubeObjects:
             return 200, copy.deepcopy(self.objects[path])
         if path.rsplit("/", 1)[-1] not in PLURALS:
             return 404, {"message": f"{path} not found"}
-        wanted = [part.partition("=") for part in query.get("labelSelector", [""])[0].split(",") if part]
+        wanted = _selector(query, "labelSelector")
+        fields = _selector(query, "fieldSelector")
         items = [
             item
             for place, item in sorted(self.objects.items())
-            if place.rsplit("/", 1)[0] == path and _has(item["metadata"].get("labels", {}), wanted)
+            if _is_in(place, path)
+            and _has(item["metadata"].get("labels", {}), wanted)
+            and all(_field(item, key) == value for key, _, value in fields)
         ]
-        return 200, {"items": copy.deepcopy(items), "metadata": {}}
+        return 200, {"items": copy.deepcopy(items), "metadata": {"resourceVersion": str(self.version())}}
+
+    def version(self) -> int:
+        """Of the newest change."""
+        return self.changes[-1].version if self.changes else 0
 
     def _create(self, path: str, body: Object) -> tuple[int, Any]:
         metadata = body["metadata"]
@@ -146,8 +215,15 @@ class KubeObjects:
         return 200, copy.deepcopy(self._stamp(path))
 
     def _stamp(self, path: str) -> Object:
-        self.objects[path]["metadata"]["resourceVersion"] = str(next(self._numbers))
+        version = next(self._numbers)
+        self.objects[path]["metadata"]["resourceVersion"] = str(version)
+        self._note(version, path, copy.deepcopy(self.objects[path]))
         return self.objects[path]
+
+    def _note(self, version: int, path: str, after: Object | None) -> None:
+        self.changes.append(Change(version, path, self._before.get(path), after))
+        self._before[path] = after
+        self._told.notify_all()
 
     def _collect(self) -> None:
         """Take away what was deleted and waits for nobody, and what such objects owned."""
@@ -163,6 +239,7 @@ class KubeObjects:
                 return
             for path in gone:
                 del self.objects[path]
+                self._note(next(self._numbers), path, None)
 
 
 PLURALS = {
@@ -178,6 +255,26 @@ PLURALS = {
     "namespaces",
 }
 """Last words of the paths that are collections; no object of a test has such a name."""
+
+
+def _selector(query: dict[str, list[str]], key: str) -> list[tuple[str, str, str]]:
+    return [part.partition("=") for part in query.get(key, [""])[0].split(",") if part]
+
+
+def _field(item: Any, path: str) -> Any:
+    for key in path.split("."):
+        item = item.get(key, {})
+    return item
+
+
+def _is_in(place: str, path: str) -> bool:
+    """Whether an object is of a collection: of its namespace, or of all."""
+    parent = place.rsplit("/", 1)[0]
+    return path in (parent, re.sub("/namespaces/[^/]+/", "/", parent))
+
+
+def _labels(value: Object) -> dict[str, str]:
+    return value["metadata"].get("labels") or {}
 
 
 def _has(labels: dict[str, str], wanted: list[tuple[str, str, str]]) -> bool:
@@ -198,7 +295,7 @@ def _merged(old: Any, patch: Any) -> Any:
 
 
 @contextmanager
-def served(objects: KubeObjects) -> Iterator[KubeApi]:
+def served(objects: KubeObjects, kind: type[Api] = KubeApi) -> Iterator[Api]:  # type: ignore[assignment]
     """The objects behind HTTP, and the client of the operator in front of it."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -212,14 +309,28 @@ def served(objects: KubeObjects) -> Iterator[KubeApi]:
             parts = urlsplit(self.path)
             raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             body = json.loads(raw) if raw else None
+            query = parse_qs(parts.query)
+            if "watch" in query and not objects.down:
+                self._stream(objects.watch(unquote(parts.path), query))
+                return
             content = self.headers.get("Content-Type", "")
-            status, answer = objects.answer(self.command, unquote(parts.path), parse_qs(parts.query), body, content)
+            status, answer = objects.answer(self.command, unquote(parts.path), query, body, content)
             text = json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
+
+        def _stream(self, events: Iterator[Object]) -> None:
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for event in events:
+                text = json.dumps(event).encode() + b"\n"
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(text), text))
+                self.wfile.flush()
+            self.wfile.write(b"0\r\n\r\n")
 
         do_GET = do_POST = do_PATCH = do_DELETE = _do  # noqa: N815
 
@@ -232,8 +343,9 @@ def served(objects: KubeObjects) -> Iterator[KubeApi]:
     configuration.retries = False
     with client.ApiClient(configuration) as api_client:
         try:
-            yield KubeApi(api_client)
+            yield kind(api_client)
         finally:
+            objects.break_watches()
             api_client.rest_client.pool_manager.clear()
             server.shutdown()
             server.server_close()

@@ -62,6 +62,9 @@ class SeveralHeads(SmallCluster):
         self.held: set[str] = set()
         """RayClusters whose head does not come up, for want of a machine."""
 
+        self.crowded: set[str] = set()
+        """RayClusters with a head, and without a machine for anything that is to start."""
+
         self.chart()
         data = {"auth_token": "czNjcmV0"}
         self.objects.put(f"{SECRETS}/fastserve-ray-token", {"metadata": {"name": "fastserve-ray-token"}, "data": data})
@@ -106,8 +109,9 @@ class SeveralHeads(SmallCluster):
     def go_on(self) -> None:
         """What is under way gets done."""
         self.kube_ray()
-        for ray in self.rays.values():
-            ray.go_on()
+        for name, ray in self.rays.items():
+            if name not in self.crowded:
+                ray.go_on()
 
     def call(self, rest: RayRest, *words: Any, **more: Any) -> Any:
         """In the place of `RayRest.call`."""

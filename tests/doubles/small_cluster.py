@@ -23,7 +23,7 @@ import httpx
 import pytest
 from kube_objects import KubeObjects
 from kubernetes import client
-from model_files import model_folder
+from model_files import write_model
 
 from fastserve.artifacts import attempts
 from fastserve.artifacts.folder_store import FolderStore
@@ -185,7 +185,13 @@ class Ray:
         name = value["submission_id"]
         if name in self.jobs:
             return 500, {"message": f"Job with submission_id {name} already exists"}
-        self.jobs[name] = {"submission_id": name, "status": "PENDING", "entrypoint": value["entrypoint"]}
+        told = (value.get("runtime_env") or {}).get("env_vars") or {}
+        self.jobs[name] = {
+            "submission_id": name,
+            "status": "PENDING",
+            "entrypoint": value["entrypoint"],
+            "environment": told,
+        }
         return 200, {"submission_id": name}
 
     def _serve(self, method: str, value: Any) -> tuple[int, Any]:
@@ -280,9 +286,7 @@ def small_stage(work: Work) -> Outcome:
     """A stage of any kind: a small model, and of an evaluation good figures."""
     request: StageRequest = work.request
     folder = work.scratch / "outcome" / "model"
-    folder.mkdir(parents=True)
-    for name, content in model_folder().items():
-        (folder / name).write_bytes(content)
+    write_model(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "made_by": request.stage.value}))
     if request.stage is not Stage.EVALUATE:
         return Outcome(folder.parent, {})

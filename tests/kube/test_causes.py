@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ class Tended:
 
     def pod_says(self, **status: Any) -> None:
         self.kubectl("patch", "pod/head", "--subresource=status", "--type=merge", "-p", json.dumps({"status": status}))
+
+    def kubelet_warns(self, reason: str, message: str) -> None:
+        """An Event about the pod, as a kubelet makes it."""
+        keys = ("kind", "namespace", "name", "uid")
+        found = json.loads(self.kubectl("get", "pod/head", "-o", "json"))
+        about = {key: {**found, **found["metadata"]}[key] for key in keys}
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        value = {"apiVersion": "v1", "kind": "Event", "metadata": {"generateName": "head."}, "type": "Warning"}
+        value |= {"involvedObject": about, "reason": reason, "message": message, "lastTimestamp": now}
+        self.kubectl("create", "-f", "-", text=json.dumps(value))
 
     def becomes(self, reason: str) -> str:
         """The message, once the Model is not ready for that reason."""
@@ -115,6 +126,11 @@ def test_what_a_pod_says_becomes_the_condition_and_goes_with_it(tended: Tended, 
     waiting = {"reason": "ImagePullBackOff", "message": "Back-off pulling image none/of-this-name:0"}
     tended.pod_says(conditions=[], containerStatuses=[{**waits, "state": {"waiting": waiting}}])
     assert "none/of-this-name:0; check `ray.image`" in tended.becomes("ImagePull")
+    stuck = [{"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]
+    creating = {"reason": "ContainerCreating"}
+    tended.pod_says(conditions=stuck, containerStatuses=[{**waits, "state": {"waiting": creating}}])
+    tended.kubelet_warns("FailedMount", "MountVolume.SetUp failed for volume store: mount timed out")
+    assert "volume store: mount timed out; look whether" in tended.becomes("MountFailed")
     tended.kubectl("delete", "pod/head", "--force", "--grace-period=0")
     quota = {
         "type": "ReplicaFailure",

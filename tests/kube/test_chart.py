@@ -71,9 +71,50 @@ class TestRendering:
         assert "PersistentVolumeClaim" not in text
         assert text.count("secretRef") == 3
 
+    @pytest.mark.parametrize("uri", ["/data", "/storehouse", "s3://", "store", "gs://bucket"])
+    def test_a_store_that_no_other_pod_reaches_is_refused(self, offline: Helm, uri: str) -> None:
+        refused = offline("template", "x", str(CHART), "--set", f"store.uri={uri}")
+        assert refused.returncode != 0
+        assert "/store/uri" in refused.stderr
+        assert "/store/models" in offline.rendered("--set", "store.uri=/store/models")
+
     def test_parts_can_be_left_out(self, offline: Helm) -> None:
         off = "operator.enabled=false,gateway.enabled=false,ray.enabled=false,networkPolicies.enabled=false"
         assert [item["kind"] for item in objects(offline.rendered("--set", off))] == ["PersistentVolumeClaim"]
+
+    @pytest.mark.parametrize(
+        ("said", "there"),
+        [
+            ("gateway.replicas=2", True),
+            ("gateway.replicas=1", False),
+            ("gateway.replicas=3,gateway.podDisruptionBudget.minAvailable=3", False),
+            ("gateway.replicas=1,gateway.autoscaling.enabled=true", True),
+            ("gateway.autoscaling.enabled=true,gateway.autoscaling.minReplicas=1", False),
+        ],
+    )
+    def test_a_budget_that_would_let_no_pod_go_is_left_out(self, offline: Helm, said: str, there: bool) -> None:
+        assert ("PodDisruptionBudget" in offline.rendered("--set", said)) is there
+
+    def test_a_gateway_ends_its_streams_in_the_time_that_its_pod_has(self, offline: Helm) -> None:
+        for seconds, drain in ((600, 590), (20, 10), (5, 0)):
+            text = offline.rendered("--set", f"gateway.terminationGracePeriodSeconds={seconds}")
+            assert re.findall(r"--drain-seconds=(\S+)", text) == [str(drain)]
+
+    def test_nothing_is_random_where_it_is_asked_not_to_be(self, offline: Helm) -> None:
+        """Argo CD renders without the cluster at hand, and applies what differs."""
+        steady = ("--set", "gateway.makeOrdersSecret=false,ray.tokenSecretName=ray-token")
+        first, second = (offline.rendered(*steady) for _ in range(2))
+        assert first == second
+        assert "kind: Secret" not in first
+        assert offline.rendered().count("kind: Secret\n") == 2
+
+    def test_a_probe_waits_for_one_that_is_busy(self, offline: Helm) -> None:
+        for item in objects(offline.rendered()):
+            pod = item.get("spec", {}).get("template", {}).get("spec", {})
+            for container in pod.get("containers", []) if item["kind"] == "Deployment" else []:
+                probes = [container[key] for key in ("livenessProbe", "readinessProbe") if key in container]
+                assert probes
+                assert min(probe["timeoutSeconds"] for probe in probes) >= 10
 
 
 def test_the_notes_end_with_a_manifest_that_is_read(offline: Helm) -> None:
@@ -101,6 +142,15 @@ class TestMonitoring:
         (dashboard,) = (item["data"] for item in objects(text) if item["kind"] == "ConfigMap")
         assert json.loads(dashboard["fastserve-gateway.json"])["panels"]
         assert "{{ $labels.model }}" in text
+
+    def test_alerts_are_about_the_release_they_come_with(self, offline: Helm) -> None:
+        text = offline.rendered("--namespace", "models", "--set", self.ON, "--show-only", "templates/monitoring.yaml")
+        (rule,) = (item for item in objects(text) if item["kind"] == "PrometheusRule")
+        asked = [item["expr"] for group in rule["spec"]["groups"] for item in group["rules"]]
+        assert asked
+        for expression in asked:
+            series = re.findall(r"fastserve_gateway_[a-z_]+(\S*)", expression)
+            assert [item for item in series if not item.startswith('{namespace="models"}')] == []
 
     async def counted(self) -> str:
         return Admin(Config, Statistics(), lambda model: 0, lambda orders: None).metrics()
@@ -272,6 +322,19 @@ class TestPods:
 
         assert warm() == {"cpu"}
         assert warm("--set", "ray.warmEngines=false") == set()
+
+    def test_the_machines_of_a_lost_head_end_soon_unless_somebody_says_otherwise(self, offline: Helm) -> None:
+        name = "RAY_gcs_rpc_server_reconnect_timeout_s"
+
+        def seconds(*words: str) -> dict[str, list[str]]:
+            """No name may stand twice: KubeRay's definition refuses that."""
+            templates = pod_templates(objects(offline.rendered(*words)))
+            env = {part: templates[part]["spec"]["containers"][0]["env"] for part in ("head", "local")}
+            return {part: [item["value"] for item in items if item["name"] == name] for part, items in env.items()}
+
+        assert seconds() == {"head": [], "local": ["20"]}
+        own = setting({"ray.extraEnv": [{"name": name, "value": "300"}]})
+        assert seconds(*own) == {"head": ["300"], "local": ["300"]}
 
     def test_a_claim_of_sources_is_read_by_the_operator_and_by_ray(self, offline: Helm) -> None:
         templates = pod_templates(objects(offline.rendered("--set", "ray.sourceClaims={weights,rows}")))

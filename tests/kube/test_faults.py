@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from control_plane import Cluster, ControlPlane
-from model_files import model_folder
+from model_files import write_inputs
 from operator_process import Operator, stages, tending
 from small_cluster import Ray, served_ray
 
@@ -47,18 +47,7 @@ class SmallHead:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of six tokens, and rows for it."""
-    folder = tmp_path_factory.mktemp("files")
-    (folder / "model").mkdir()
-    for name, content in model_folder().items():
-        (folder / "model" / name).write_bytes(content)
-    for name, ask, answer in (("train", "a", "b"), ("held", "b", "a")):
-        rows = [{"messages": [turn("user", ask, n), turn("assistant", answer, n)]} for n in range(1, 20)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def turn(role: str, word: str, times: int) -> dict[str, str]:
-    return {"role": role, "content": " ".join([word] * times)}
+    return write_inputs(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture
@@ -202,14 +191,16 @@ def test_other_writers_at_the_same_objects_hold_up_nothing(operator: Operator, h
     operator.until(lambda: not operator.left(), "something is left", 30)
 
 
+@pytest.mark.parametrize("cascade", ["background", "foreground"])
 def test_a_model_that_is_deleted_while_it_trains_takes_its_run_along(
-    operator: Operator, head: SmallHead, files: Path
+    operator: Operator, head: SmallHead, files: Path, cascade: str
 ) -> None:
+    """In the foreground, as Argo CD deletes, what was kept of it is gone first."""
     head.ray.keeps = "-train-"
     operator.start()
     operator.apply("Model", "whole", whole(files))
     operator.until(lambda: any("-train-" in name for name in head.ray.running), "training does not begin", 60)
-    operator.kubectl("delete", "model/whole", "--timeout=300s")
+    operator.kubectl("delete", "model/whole", f"--cascade={cascade}", "--timeout=300s")
     assert not head.ray.running
     operator.until(lambda: not operator.left(), f"left: {operator.left()}", 30)
 

@@ -37,6 +37,10 @@ HANDED_ON = {
 for tolerationSeconds."""
 
 
+FEWER = {"gateway.podDisruptionBudget.minAvailable": 4194303}
+"""A budget is there where there are more replicas than it keeps."""
+
+
 class Large:
     """Values with another large number wherever one may stand, and tags of digits, made from the chart's schema."""
 
@@ -51,7 +55,7 @@ class Large:
             return HANDED_ON[key]
         match schema.get("type"):
             case "integer":
-                self.numbers[path] = min(next(self._next), schema.get("maximum", 2**62))
+                self.numbers[path] = FEWER.get(path) or min(next(self._next), schema.get("maximum", 2**62))
                 return self.numbers[path]
             case "number":
                 self.numbers[path] = next(self._next)

@@ -63,6 +63,15 @@ spec:
       image: {{ include "fastserve.image" (dict "root" .root "image" .v.ray.image) }}
       imagePullPolicy: {{ .v.image.pullPolicy }}
       env:
+        {{- $named := list }}
+        {{- range .v.ray.extraEnv }}
+        {{- $named = append $named .name }}
+        {{- end }}
+        {{- if and (eq .part "ray-worker") (not (has "RAY_gcs_rpc_server_reconnect_timeout_s" $named)) }}
+        # A head that was lost does not come back as what it was: its machines end after this, and new ones take their
+        # place. Ray waits 60 s.
+        - {name: RAY_gcs_rpc_server_reconnect_timeout_s, value: "20"}
+        {{- end }}
         {{- include "fastserve.rayEnv" .v | nindent 8 }}
         - {name: FASTSERVE_TOKENS, value: /etc/fastserve/tokens}
         {{- if and (eq .part "ray-worker") .v.ray.warmEngines (not .place.accelerator) }}

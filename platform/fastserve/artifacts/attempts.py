@@ -43,6 +43,14 @@ def claim(store: Store, request: StageRequest) -> bool:
     return store.create(name, dump(request.to_json(), name))
 
 
+def take(store: Store, request: StageRequest) -> bool:
+    """Claim the attempt's number for the request's model. True also when that model has it already; False when another
+    one has, which asks for the same thing. Raises StoreFailed."""
+    if claim(store, request):
+        return True
+    return request_of(store, request.stage, request.key, request.attempt).model == request.model
+
+
 def request_of(store: Store, stage: Stage, key: str, attempt: int) -> StageRequest:
     """What a claimed attempt was asked to do. Raises ArtifactNotFound when nobody claimed it."""
     name = attempt_folder(stage, key, attempt) + "request.json"

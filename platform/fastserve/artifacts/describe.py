@@ -169,6 +169,7 @@ def _of_folder(
         head_dim=_whole(shape, ("head_dim",), folder.name, hidden // max(heads, 1)),
         vocab=_whole(shape, ("vocab_size",), folder.name),
         max_context=_longest(folder, architectures[0], shape),
+        most_context=_stretched(_longest(folder, architectures[0], shape), architectures[0], shape),
         tied_embeddings=_tied(shape, headers),
         dtype=_main_dtype(headers),
         layer_names=tuple(sorted({name for name, _ in _matrices(headers)})),
@@ -181,10 +182,30 @@ def _of_folder(
     )
 
 
+def _positions(architecture: str) -> tuple[str, ...]:
+    """Keys of config.json that say how many positions there are."""
+    return ("max_target_positions",) if is_speech(architecture) else ("max_position_embeddings", "n_positions")
+
+
+def _stretched(longest: int, architecture: str, shape: Mapping[str, Any]) -> int:
+    """Longest sequence that an engine takes; 0 where config.json does not say how many positions there are.
+
+    Some kinds of scaling are in the number of positions already; then this is above what the engine takes, and never
+    below it.
+    """
+    if all(shape.get(name) is None for name in _positions(architecture)):
+        return 0
+    scaling = [shape.get(name) for name in ("rope_scaling", "rope_parameters")]
+    blocks = [block for block in scaling if isinstance(block, dict)]
+    blocks += [inner for block in blocks for inner in block.values() if isinstance(inner, dict)]
+    factors = [block["factor"] for block in blocks if isinstance(block.get("factor"), int | float)]
+    own = shape.get("model_max_length")
+    return max(int(longest * max([1.0, *factors])), own if isinstance(own, int) else 0)
+
+
 def _longest(folder: Path, architecture: str, shape: Mapping[str, Any]) -> int:
     """Longest sequence in tokens, as the engine will count it."""
-    names = ("max_target_positions",) if is_speech(architecture) else ("max_position_embeddings", "n_positions")
-    longest = _whole(shape, names, folder.name, 2048)
+    longest = _whole(shape, _positions(architecture), folder.name, 2048)
     if "Roberta" in architecture:  # its positions begin behind that of the padding token
         longest -= _whole(shape, ("pad_token_id",), folder.name, 1) + 1
     if is_encoder(architecture) and (folder / _SENTENCES).is_file():
@@ -226,6 +247,7 @@ def _of_gguf(header: GgufHeader, tokenizer: TokenizerFiles, turn_end: int | None
         head_dim=header.whole(f"{kind}.attention.key_length", hidden // max(heads, 1)),
         vocab=header.tensors["token_embd.weight"].shape[-1],
         max_context=header.whole(f"{kind}.context_length"),
+        most_context=header.whole(f"{kind}.context_length"),
         tied_embeddings="output.weight" not in header.tensors,
         dtype="bfloat16",
         layer_names=USUAL_LAYERS if kind in _USUALLY_NAMED else (),
@@ -250,6 +272,8 @@ def _reshaped(facts: ModelFacts, scratch: Scratch, vocabulary: int | None) -> Mo
     }
     if vocabulary is not None:
         changed["vocab"] = vocabulary
+    if "max_context" in changed:
+        changed["most_context"] = changed["max_context"]
     return replace(facts, **changed)
 
 

@@ -8,14 +8,12 @@ from typing import Annotated
 import typer
 
 from fastserve.cli import render
-from fastserve.cli.place import Where, placed
+from fastserve.cli.place import Output, OutputOption, Where, placed
 from fastserve.cluster import access
 from fastserve.cluster.local import LocalCluster
 from fastserve.errors import UsageInvalid
 
 app = typer.Typer(no_args_is_help=True)
-
-JsonOption = Annotated[str, typer.Option("--output", "-o", help="text or json.")]
 
 
 @app.command()
@@ -27,11 +25,14 @@ def create(
         list[str], typer.Option("--model", "-m", help="Model that the key may ask for; may be given again.")
     ],
     expires: Annotated[str | None, typer.Option(help="Last day, YYYY-MM-DD.", show_default=False)] = None,
-    output: JsonOption = "text",
+    output: OutputOption = Output.TEXT,
 ) -> None:
-    """Make a key and show it: once on this machine; on a cluster it stays in the Secret NAME-key."""
+    """Make a key and show it.
+
+    It is shown once on this machine; on a cluster it stays in the Secret NAME-key.
+    """
     key, kept = _created(where, name, model, _day(expires))
-    if output == "json":
+    if output is Output.JSON:
         render.as_json({"name": name, "models": model, "expires": expires, "key": key})
     else:
         render.answer(key)
@@ -55,7 +56,7 @@ def _created(where: Where, name: str, models: list[str], expires: date | None) -
 
 @app.command("list")
 @placed
-def list_(where: Where, output: JsonOption = "text") -> None:
+def list_(where: Where, output: OutputOption = Output.TEXT) -> None:
     """Show the keys by name, with what each may do."""
     if where.on_cluster:
         from fastserve.cluster.kube.keys import list_keys
@@ -63,7 +64,7 @@ def list_(where: Where, output: JsonOption = "text") -> None:
         found = list_keys(where.door())
     else:
         found = access.list_keys(where.home())
-    if output == "json":
+    if output is Output.JSON:
         render.as_json(found)
     else:
         render.table(
@@ -74,7 +75,7 @@ def list_(where: Where, output: JsonOption = "text") -> None:
 @app.command()
 @placed
 def revoke(name: Annotated[str, typer.Argument(help="Name of the key.")], where: Where) -> None:
-    """Take a key away; it works no longer within a second, on a cluster within some."""
+    """Take a key away. It works no longer within a second, on a cluster within some."""
     if where.on_cluster:
         from fastserve.cluster.kube.keys import revoke_key
 

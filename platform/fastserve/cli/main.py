@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from fastserve.cli import chat as chat_command
 from fastserve.cli import keys as keys_command
 from fastserve.cli import on_cluster, render, show, up_on_cluster
 from fastserve.cli import up as up_command
-from fastserve.cli.place import Where, as_plugin, complete_model, placed
+from fastserve.cli.place import Output, OutputOption, Where, as_plugin, complete_model, placed
 from fastserve.errors import FastServeError, UsageInvalid
 
 INTERRUPTED = 130
@@ -48,14 +47,6 @@ app = typer.Typer(
 app.add_typer(keys_command.app, name="keys", help="Create, list and revoke access keys.")
 
 
-class Output(StrEnum):
-    """How an answer is written."""
-
-    TEXT = "text"
-    JSON = "json"
-
-
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="text or json.")]
 FileArgument = Annotated[Path, typer.Argument(help="Manifest: YAML with one or more objects; - is standard input.")]
 NameArgument = Annotated[str, typer.Argument(help="Name of the model.", autocompletion=complete_model)]
 OptionalName = Annotated[
@@ -112,9 +103,10 @@ def up(
     ] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Bring the models of a manifest up: run the stages that are due, then serve.
+    """Bring the models of a manifest up.
 
-    On a cluster they are asked for there and go on without this command, as with --detach.
+    The stages that are due run, then what they made is served. On a cluster models are asked for and go on without
+    this command, as with --detach.
     """
     if where.on_cluster:
         up_on_cluster.up(where.door(), file, port=port, store=store, as_json=output is Output.JSON)
@@ -213,7 +205,7 @@ def rollback(
 @app.command()
 @placed
 def retry(name: NameArgument, where: Where, output: OutputOption = Output.TEXT) -> None:
-    """Ask again for the stages of a model that have failed, on a cluster."""
+    """Try failed stages again, on a cluster."""
     if not where.on_cluster:
         raise UsageInvalid("on this machine `fastserve up FILE` tries again; `retry` is for a cluster: add --cluster")
     on_cluster.retry(where.door(), name, as_json=output is Output.JSON)

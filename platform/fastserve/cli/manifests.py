@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fastserve.errors import UsageInvalid
+from fastserve.errors import ManifestInvalid, Problem, UsageInvalid
+from fastserve.plan.executable import check_access_key
 from fastserve.spec import load
+from fastserve.spec.model import AccessKey
 
 
 def read_manifests(file: Path) -> list[Any]:
@@ -29,3 +33,19 @@ def read_as_written(file: Path) -> tuple[list[Any], list[Any]]:
         found = read_manifests(file)
         return found, found
     return read_manifests(file), load.read(file.read_text(encoding="utf-8-sig"), str(file))
+
+
+def require_keys_open(found: Iterable[Any]) -> None:
+    """Refuse AccessKeys that would open nothing: with a limit that nothing keeps yet, or a last day that has passed.
+
+    Raises NotExecutable, ManifestInvalid.
+    """
+    today = datetime.now(UTC).date()
+    for item in found:
+        if isinstance(item, AccessKey):
+            check_access_key(item)
+            if item.spec.expires is not None and item.spec.expires < today:
+                told = (
+                    f"{item.spec.expires} has passed, so {item.metadata.name} would open nothing; write a day to come"
+                )
+                raise ManifestInvalid([Problem("spec.expires", told)])

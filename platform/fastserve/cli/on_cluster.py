@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastserve.cli import render, stories
@@ -18,23 +19,22 @@ SILENT_SECONDS = 120.0
 
 
 def status(door: Door, name: str | None, watch: bool, as_json: bool, plot: bool) -> None:
-    """One line a model of the namespace, or everything about one of them."""
+    """One line a model of the namespace, or everything about one of them; with `plot` its loss curve too, as far as
+    the log of its training says it."""
     if plot:
-        raise UsageInvalid(
-            "--plot needs the loss curve, which is in the artifact store of the cluster; "
-            f"`fastserve logs {name or 'NAME'} train -n {door.namespace}` shows the losses as they were reported"
-        )
-    while True:
+        stories.require_name_to_plot(name)
+
+    def look() -> list[dict[str, Any]]:
         found = [door.story(name)] if name else door.stories()
-        if as_json:
-            render.as_json(found[0] if name else found)
-        elif name:
-            stories.details(found[0])
-        else:
-            stories.lines(found)
-        if not watch:
-            return
-        time.sleep(2)
+        return [item | {"curve": _curve(door, item)} for item in found] if plot else found
+
+    stories.status(look, name, watch, as_json)
+
+
+def _curve(door: Door, story: dict[str, Any]) -> list[Mapping[str, Any]]:
+    from fastserve.cluster.kube.logs import curve_of
+
+    return curve_of(door, story)
 
 
 def why(door: Door, name: str, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Where a command works: the home folder of this machine, or a namespace of a cluster.
+"""Where a command works: the home folder of this machine, or a namespace of a cluster; and how it answers.
 
 `--cluster`, `--context`, `--kubeconfig` or `-n` mean the cluster, found as kubectl finds it; `kubectl fastserve` always
 does. Nothing of Kubernetes is imported until then.
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
 
 PLUGIN: ContextVar[bool] = ContextVar("PLUGIN", default=False)
 """Whether the program is kubectl's plugin, which always means the cluster."""
+
+
+class Output(StrEnum):
+    """How an answer is written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="text or json.")]
 
 
 @dataclass(frozen=True, slots=True)

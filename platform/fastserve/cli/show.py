@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastserve.cli import render, stories
-from fastserve.cli.manifests import read_manifests
+from fastserve.cli.manifests import read_manifests, require_keys_open
 from fastserve.cluster.home import Home
 from fastserve.cluster.local import LocalCluster
 from fastserve.cluster.status import current_stage, curve_of, status_of
@@ -17,7 +17,7 @@ from fastserve.plan import keys
 from fastserve.plan.pipeline import wanted_revision
 from fastserve.plan.rollback import pin_of, rollback_target
 from fastserve.spec import load
-from fastserve.spec.model import AccessKey, HardwareProfile, Model
+from fastserve.spec.model import HardwareProfile, Model
 from fastserve.spec.schema import schema as manifest_schema
 
 ROLLBACK_SECONDS = 600.0
@@ -37,32 +37,25 @@ def plan(file: Path, home: Home, as_json: bool) -> None:
     """Show what `up` would do with each Model of a manifest."""
     manifests = read_manifests(file)
     profiles = [item for item in manifests if isinstance(item, HardwareProfile)]
-    access_keys = [item for item in manifests if isinstance(item, AccessKey)]
+    require_keys_open(manifests)
     here = machines_here(home)
     models = [item for item in manifests if isinstance(item, Model)]
-    sheets = [survey(home, home.store_uri, item, profiles, access_keys, here).sheet for item in models]
+    sheets = [survey(home, home.store_uri, item, profiles, here).sheet for item in models]
     render.sheets(sheets, as_json)
+    if not models and not as_json:
+        render.say(f"{file} holds no Model, so nothing would run.")
 
 
 def status(home: Home, name: str | None, watch: bool, as_json: bool, plot: bool = False) -> None:
     """One line a model, or everything about one of them; with `plot` its loss curve too."""
-    if plot and name is None:
-        raise UsageInvalid("--plot draws the loss of one model; name it, as in `fastserve status NAME --plot`")
-    while True:
+    if plot:
+        stories.require_name_to_plot(name)
+
+    def look() -> list[dict[str, Any]]:
         found = [_status(home, model) for model in ([name] if name else home.model_names())]
-        if plot:
-            found[0]["curve"] = curve_of(found[0], LocalCluster(home).store)
-        if as_json:
-            render.as_json(found[0] if name else found)
-        elif name:
-            stories.details(found[0])
-            if plot:
-                render.curve(found[0]["curve"], name)
-        else:
-            stories.lines(found)
-        if not watch:
-            return
-        time.sleep(2)
+        return [item | {"curve": curve_of(item, LocalCluster(home).store)} for item in found] if plot else found
+
+    stories.status(look, name, watch, as_json)
 
 
 def why(home: Home, name: str, as_json: bool) -> None:

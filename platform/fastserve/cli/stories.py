@@ -5,10 +5,14 @@ A story is what `cluster.status.status_of` tells of one model, with its `stage`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastserve.cli import render, training
+from fastserve.errors import UsageInvalid
+
+WATCH_SECONDS = 2.0
 
 
 def why(found: Mapping[str, Any]) -> None:
@@ -27,6 +31,34 @@ def why(found: Mapping[str, Any]) -> None:
             render.answer(f"train: {size}")
         if state.get("message"):
             render.answer(f"{stage}: attempt {state.get('attempt', '-')} {state['state']}: {state['message']}")
+
+
+def status(look: Callable[[], list[dict[str, Any]]], name: str | None, watch: bool, as_json: bool) -> None:
+    """One line a model, or everything about the one that is named; a loss curve, where a story has one.
+
+    look: tells the stories; of one model where it is named. watch: again and again, until Ctrl-C.
+    """
+    while True:
+        found = look()
+        if as_json:
+            render.as_json(found[0] if name else found)
+        elif name:
+            details(found[0])
+            if "curve" in found[0]:
+                render.curve(found[0]["curve"], name)
+        else:
+            lines(found)
+            if not found:
+                render.say("No model is here yet; `fastserve up FILE` brings one up.")
+        if not watch:
+            return
+        time.sleep(WATCH_SECONDS)
+
+
+def require_name_to_plot(name: str | None) -> None:
+    """Raise UsageInvalid when no model is named."""
+    if name is None:
+        raise UsageInvalid("--plot draws the loss of one model; name it, as in `fastserve status NAME --plot`")
 
 
 def lines(found: Sequence[Mapping[str, Any]]) -> None:
@@ -61,6 +93,7 @@ def details(item: Mapping[str, Any]) -> None:
         )
     render.table(["STAGE", "STATE", "DONE", "ATTEMPT", "KEY", "MESSAGE"], rows)
     _training(training.metrics_of(item["stages"].get("train") or {}))
+    _adapters(item["adapters"])
     for live in item["revisions"]:
         share = f"{live['weight']}% of traffic, {live['replicas']} replicas"
         render.answer(f"revision {live['digest'][:8]}: {live['state']}, {share} {live['message']}".rstrip())
@@ -70,6 +103,16 @@ def details(item: Mapping[str, Any]) -> None:
         render.answer(item["rollout"]["message"])
     for because in item["why"]:
         render.answer(because)
+
+
+def _adapters(found: Sequence[Mapping[str, Any]]) -> None:
+    """Each adapter, and whether requests for it are answered."""
+    if found:
+        rows = [
+            [item["name"], item["state"], item.get("rank", ""), item.get("digest", "")[:8], item.get("message", "")]
+            for item in found
+        ]
+        render.table(["ADAPTER", "STATE", "RANK", "DIGEST", "MESSAGE"], rows)
 
 
 def _places(live: Mapping[str, Any]) -> list[str]:

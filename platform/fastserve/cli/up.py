@@ -15,7 +15,7 @@ from fastserve import errors
 from fastserve.artifacts.stores import open_store
 from fastserve.cli import render
 from fastserve.cli.chat import stream
-from fastserve.cli.manifests import read_manifests
+from fastserve.cli.manifests import read_manifests, require_keys_open
 from fastserve.cli.screen import Screen
 from fastserve.cluster import tender
 from fastserve.cluster.access import apply_access_key, local_key
@@ -60,11 +60,12 @@ def up(file: Path, home: Home, *, detach: bool, port: int | None, store: str | N
     profiles = [item for item in manifests if isinstance(item, HardwareProfile)]
     if not models and not access_keys:
         raise UsageInvalid(f"{file} holds no Model; add one, or an AccessKey")
+    require_keys_open(access_keys)
     store_uri = store or home.store_uri
     open_store(store_uri).names("artifacts/")  # a wrong store is refused before anything else happens
     GatewayProcess(home).choose_port(port)  # and so is a port that is taken
     here = machines_here(home)
-    surveys = [survey(home, store_uri, model, profiles, access_keys, here) for model in models]
+    surveys = [survey(home, store_uri, model, profiles, here) for model in models]
     if not as_json:
         for found in surveys:
             render.sheet(found.sheet, console=render.err)

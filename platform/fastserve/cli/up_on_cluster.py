@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastserve import errors
 from fastserve.cli import render
-from fastserve.cli.manifests import read_as_written
+from fastserve.cli.manifests import read_as_written, require_keys_open
 from fastserve.cli.screen import Screen
 from fastserve.cluster.home import Home
 from fastserve.cluster.survey import survey
@@ -73,8 +73,7 @@ def plan(door: Door, file: Path, as_json: bool) -> None:
     names = {item.metadata.name for item in own}
     profiles = [*own, *(item for item in door.profiles() if item.metadata.name not in names)]
     there = door.there([item.metadata.name for item in profiles])
-    keys = [item for item in manifests if isinstance(item, AccessKey)]
-    sheets = [_sheet(door, item, profiles, keys, there) for item in manifests if isinstance(item, Model)]
+    sheets = [_sheet(door, item, profiles, there) for item in manifests if isinstance(item, Model)]
     render.sheets(sheets, as_json)
     if not as_json and LOCAL not in {item.metadata.name for item in profiles}:
         render.say("No HardwareProfile is named local, so what is planned for local is planned for this machine.")
@@ -84,12 +83,11 @@ def _read(door: Door, file: Path) -> tuple[list[Manifest], list[Manifest]]:
     """The objects with paths of this machine, for a plan, and with paths as they are written, to be asked for."""
     here, asked = read_as_written(file)
     door.require_here(asked)
+    require_keys_open(asked)
     return here, asked
 
 
-def _sheet(
-    door: Door, model: Model, profiles: Sequence[HardwareProfile], keys: Sequence[AccessKey], there: set[str]
-) -> Sheet:
+def _sheet(door: Door, model: Model, profiles: Sequence[HardwareProfile], there: set[str]) -> Sheet:
     """The plan of one Model, with what the cluster has made of it already."""
     found = door.models.find(model.name)
     stages = ((found or {}).get("status") or {}).get("stages") or {}
@@ -103,7 +101,7 @@ def _sheet(
     with tempfile.TemporaryDirectory(prefix="fastserve-plan-") as folder:
         home = Home(folder)
         try:
-            return survey(home, home.store_uri, model, profiles, keys, there, made).sheet
+            return survey(home, home.store_uri, model, profiles, there, made).sheet
         except SourceNotFound as error:
             raise SourceNotFound(
                 f"{error}; a plan reads sources from this machine. What only the cluster can read is checked there: "

@@ -62,7 +62,7 @@ class Fleet:
                 elif bounds.most > 0:
                     found.append(self._app(revision, bounds))
             return found
-        except FastServeError as error:
+        except (FastServeError, ValueError) as error:  # the latter: another version wrote it, with keys of its own
             sentence = f"Revision {revision.short} of {revision.model} stays as it is: {error}"
             if sentence not in self._told:
                 self._told.add(sentence)

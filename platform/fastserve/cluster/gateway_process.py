@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from fastserve.cluster.home import Home
 from fastserve.cluster.processes import Process, clean_environment, end_each, free_port, port_is_free
@@ -108,7 +109,8 @@ class GatewayProcess:
     def start(self, port: int) -> None:
         """Start the process on `port` and wait until it answers; nothing to do when it runs there already.
 
-        Raises ClusterFailed with the end of its log when it does not come up.
+        Raises PortInUse when another program took one of its ports first, else ClusterFailed with the end of its log
+        when it does not come up.
         """
         if self.alive() and self.port == port:
             return
@@ -129,15 +131,16 @@ class GatewayProcess:
         if started is None:
             raise ClusterFailed(f"the gateway stopped at once: {_tail(log_path)}")
         self._home.write_json("gateway/process.json", {**started.to_json(), "port": port})
-        deadline = time.monotonic() + START_SECONDS
+        deadline, health = time.monotonic() + START_SECONDS, f"http://127.0.0.1:{port}/healthz"
         while time.monotonic() < deadline:
             if process.poll() is not None:
-                raise ClusterFailed(f"the gateway stopped at once: {_tail(log_path)}")
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=2, trust_env=False).status_code == 200:
+                taken = process.returncode == PortInUse.exit_code and not self._ports_are_free(port)
+                raise (PortInUse if taken else ClusterFailed)(f"the gateway stopped at once: {_tail(log_path)}")
+            with contextlib.suppress(httpx.TransportError):
+                # The port may be another home's, whose gateway is well, too.
+                if _listens(process.pid, port) and httpx.get(health, timeout=2, trust_env=False).status_code == 200:
                     return
-            except httpx.TransportError:
-                time.sleep(0.05)
+            time.sleep(0.05)
         raise ClusterFailed(f"the gateway did not answer within {START_SECONDS:.0f}s; see {log_path}")
 
     def stats(self, since: float) -> dict[str, Any] | None:
@@ -159,6 +162,10 @@ class GatewayProcess:
             return dict(answer.json())
         except (httpx.HTTPError, ValueError):
             return None
+
+    def _ports_are_free(self, port: int) -> bool:
+        admin = self._home.read_json(ADMIN_FILE) or {}
+        return port_is_free(port) and port_is_free(int(admin.get("port", port)))
 
     def _admin(self, port: int) -> tuple[int, str, str]:
         """Port of the admin door, its token for figures and its token for orders: those it had, but another port when
@@ -183,6 +190,14 @@ class GatewayProcess:
                 end_each([process], how, STOP_SECONDS)
         if self._started is not None:
             self._started.poll()
+
+
+def _listens(pid: int, port: int) -> bool:
+    try:
+        open_ones = psutil.Process(pid).net_connections("tcp")
+    except psutil.Error:
+        return False
+    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in open_ones)
 
 
 def _tail(path: Path, size_bytes: int = 400) -> str:

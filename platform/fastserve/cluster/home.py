@@ -42,6 +42,9 @@ from fastserve.spec.model import Model
 
 DEFAULT_HOME = "~/.fastserve"
 
+MOST_REVISIONS = 100
+"""Of a model, beside those in use: each look reads them all, and a cluster keeps them in one small object."""
+
 LOOK_SECONDS = 2.0
 """How long a lock that nobody signs may be held by somebody who only looks."""
 
@@ -209,8 +212,17 @@ class Home:
             return
         whole = next((digest for digest, weight in weights.items() if weight == 100), None)
         proven = (whole or before.get("proven")) if weights else None
+        if whole is not None:
+            self._note_proven(name, whole)
         value = {"weights": dict(weights), "at": now, "because": because, "proven": proven}
         self.write_json(f"models/{name}/weights.json", value)
+
+    def _note_proven(self, name: str, digest: str) -> None:
+        """Keep in mind that a revision had all the traffic: a rollback goes to such a one."""
+        file = f"models/{name}/revisions/{digest}.json"
+        value = self.read_json(file)
+        if value is not None and not value.get("proven"):
+            self.write_json(file, {**value, "proven": True})
 
     def shifted_at(self, name: str) -> float | None:
         """Unix seconds at which the weights became what they are; None when that is not known."""
@@ -256,10 +268,20 @@ class Home:
         return {value["digest"]: value for value in ordered}
 
     def keep_revision(self, revision: Revision, made_at: float) -> None:
-        """Remember what a revision serves, so that a rollback finds it. Keeping it twice changes nothing."""
+        """Remember what a revision serves, so that a rollback finds it: of each model the newest MOST_REVISIONS, and
+        those in use. Keeping it twice changes nothing."""
         name = f"models/{revision.model}/revisions/{revision.digest}.json"
         if self.read_json(name) is None:
+            for digest in self._surplus_revisions(revision.model):
+                self.remove(f"models/{revision.model}/revisions/{digest}.json")
             self.write_json(name, {"digest": revision.digest, "made_at": made_at, **revision.to_json()})
+
+    def _surplus_revisions(self, name: str) -> list[str]:
+        """Revisions that make room for a new one."""
+        pin = self.pin(name)
+        used = {*self.weights(name), self.proven(name), *(() if pin is None else (pin.revision, pin.instead_of))}
+        used |= {item.digest for item in self.serving().values() if item.model == name}
+        return [digest for digest in list(self.revisions(name))[: 1 - MOST_REVISIONS] if digest not in used]
 
     # -- what the serving cluster must have ------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ served models each look would ask the store for all their records, one after ano
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from fastserve.artifacts import attempts
@@ -38,6 +38,11 @@ class KnownRecords:
     def forget(self, model: str) -> None:
         """Somebody asked anew: believe nothing of this model."""
         self._of.pop(model, None)
+
+    def keep_only(self, models: Collection[str]) -> None:
+        """Forget every other model: it is gone."""
+        for model in self._of.keys() - set(models):
+            del self._of[model]
 
     def begin(self, model: str) -> None:
         """A look at a model begins."""

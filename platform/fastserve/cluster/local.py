@@ -20,8 +20,9 @@ from fastserve.cluster.direct import engine_urls
 from fastserve.cluster.fleet import Fleet, ground_of
 from fastserve.cluster.gateway_process import GatewayProcess
 from fastserve.cluster.home import Home
-from fastserve.cluster.observe import Find, observe, submission_id
-from fastserve.cluster.parts import Gateway, Head
+from fastserve.cluster.nodes import kinds_of
+from fastserve.cluster.observe import Find, observe, running_attempts, submission_id
+from fastserve.cluster.parts import Endpoint, Gateway, Head
 from fastserve.cluster.placements import needs_of, targets_of
 from fastserve.cluster.processes import kill_home
 from fastserve.cluster.ray_head import RayHead
@@ -30,7 +31,7 @@ from fastserve.cluster.ray_serve import AppStatus, ServeApi, beginning, place_of
 from fastserve.cluster.routing import routes_of
 from fastserve.cluster.sharing import share_machines
 from fastserve.cluster.survey import resolve_source
-from fastserve.errors import FastServeError, UsageInvalid
+from fastserve.errors import FastServeError, PortInUse, UsageInvalid
 from fastserve.gateway import config as gateway_config
 from fastserve.plan import keys
 from fastserve.plan.adapters import adapter_keys
@@ -48,9 +49,10 @@ from fastserve.plan.moves import (
 from fastserve.plan.observed import AttemptState, Observed
 from fastserve.plan.pipeline import next_moves
 from fastserve.plan.revision import Revision
-from fastserve.plan.stages import Stage
+from fastserve.plan.stages import Stage, StageRequest
 from fastserve.spec.model import Model
 
+GATEWAY_TRIES = 3
 JOB_ENDED = (JobState.SUCCEEDED, JobState.FAILED, JobState.STOPPED)
 
 
@@ -167,7 +169,7 @@ class LocalCluster:
             case RunStage():
                 self._run_stage(move)
             case StopAttempt():
-                self._stop_attempt(model, move)
+                self._stop_attempt(model.name, move)
             case StartRevision():
                 self._say(move.because)
                 self.home.keep_revision(move.revision, time.time())
@@ -197,25 +199,27 @@ class LocalCluster:
         self.require_lead()
         if request.attempt > 1:  # what the one before left is of no use to anybody; its checkpoints stay
             attempts.discard(self.store, request.stage, request.key, request.attempt - 1)
-        attempts.claim(self.store, request)
+        if not attempts.take(self.store, request):
+            return  # another model asks for the same thing, and makes it
         entrypoint = [
             endpoint.python, "-m", "fastserve.stages.entry", "--store", self.home.store_uri,
             "--stage", request.stage.value, "--key", request.key, "--attempt", str(request.attempt),
         ]  # fmt: skip
         self.require_lead()
-        Jobs(endpoint.dashboard_url, endpoint.token).submit(
-            submission_id(request.model, request.stage, request.key, request.attempt), shlex.join(entrypoint), env={}
-        )
+        self._submit(endpoint, request, shlex.join(entrypoint))
 
-    def _stop_attempt(self, model: Model, move: StopAttempt) -> None:
+    def _submit(self, endpoint: Endpoint, request: StageRequest, entrypoint: str) -> None:
+        submission = submission_id(request.model, request.stage, request.key, request.attempt)
+        Jobs(endpoint.dashboard_url, endpoint.token).submit(submission, entrypoint, kinds_of(endpoint.promised))
+
+    def _stop_attempt(self, model: str, move: StopAttempt) -> None:
         endpoints = [endpoint for head in self.heads() if (endpoint := head.load()) is not None]
         if endpoints:
             self._say(move.because)
         for endpoint in endpoints:
             api = Jobs(endpoint.dashboard_url, endpoint.token)
             for name, job in api.all().items():
-                ours = name.startswith(f"{model.name}-") and name.endswith(f"-{move.key[:12]}-{move.attempt}")
-                if ours and job.state not in JOB_ENDED:
+                if (move.key[:12], move.attempt) in running_attempts(model, {name: job}):
                     self.require_lead()
                     api.stop(name)
 
@@ -294,9 +298,16 @@ class LocalCluster:
         models = self._routes(self.apps() if apps is None else apps)
         if not models:
             return
-        port = self.gateway.choose_port(self._port)
-        self.gateway.configure(models, self.keys(), port)
-        self.gateway.start(port)
+        for tries_left in reversed(range(GATEWAY_TRIES)):
+            port = self.gateway.choose_port(self._port)
+            self.gateway.configure(models, self.keys(), port)
+            try:
+                self.gateway.start(port)
+                return
+            except PortInUse:
+                # Another home's gateway was quicker; who asked for no number gets another one.
+                if self._port is not None or not tries_left:
+                    raise
 
     def _routes(self, apps: Mapping[str, AppStatus]) -> dict[str, gateway_config.Served]:
         """The gateway's orders for every model that is to be served, and for its adapters."""
@@ -374,13 +385,13 @@ class LocalCluster:
         if self.home.has_own_store:
             self.store.sweep("artifacts/", 0.0)  # whoever wrote to it has just been ended
 
-    def discard_torn(self, name: str) -> None:
+    def discard_torn(self, name: str, jobs: Mapping[str, Job] | None = None) -> None:
         """Remove the files of attempts that were cut off; their checkpoints stay, so the next attempt goes on from
-        there."""
+        there. jobs: that still run, of other models with the same keys; none when left out."""
         model = self.home.model(name) or self.home.ended(name)
         if model is None:
             return
-        observed = observe(self.home, self.store, model, {}, {})
+        observed = observe(self.home, self.store, model, jobs or {}, {})
         stages = {key: stage for stage, key in keys.stage_keys(model, observed.digests).items()}
         stages |= dict.fromkeys(adapter_keys(model, observed.digests).values(), Stage.SOURCE)
         for key, attempt in observed.attempts.items():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastserve.cluster.ray_rest import RayRest
+from fastserve.plan.brought import Kind, told
 from fastserve.plan.facts import LOCAL, Hardware
 from fastserve.spec.hardware import HardwareProfileSpec
 
@@ -45,8 +46,9 @@ def machines(dashboard_url: str, token: str) -> list[Machine]:
     response = rest.call("GET", "/api/v0/nodes?detail=1&limit=10000")
     if not response.is_success:
         raise rest.failed(response, "list its nodes")
-    rows = response.json()["data"]["result"]["result"]
-    return [Machine.from_json(row) for row in rows if row.get("state") == "ALIVE"]
+    with rest.understood():
+        rows = response.json()["data"]["result"]["result"]
+        return [Machine.from_json(row) for row in rows if row.get("state") == "ALIVE"]
 
 
 def with_promised(alive: Sequence[Machine], promised: Sequence[Machine]) -> list[Machine]:
@@ -59,6 +61,11 @@ def with_promised(alive: Sequence[Machine], promised: Sequence[Machine]) -> list
         may_be = [machine for machine in promised if machine.profile == profile]
         found += may_be[sum(machine.profile == profile for machine in alive) :]
     return found
+
+
+def kinds_of(promised: Sequence[Machine]) -> dict[str, str]:
+    """The variable that tells a stage which kinds of machine an autoscaler would add; none where it would add none."""
+    return told({machine.profile: Kind(machine.cpus, machine.accelerators) for machine in promised if machine.profile})
 
 
 def profiles_of(found: Sequence[Machine]) -> set[str]:

@@ -14,6 +14,7 @@ from fastserve.cluster.home import Home
 from fastserve.cluster.live import live_revisions, oldest_replica, windows_of
 from fastserve.cluster.ray_jobs import Job, JobState
 from fastserve.cluster.ray_serve import AppStatus
+from fastserve.errors import StoreFailed
 from fastserve.plan import keys
 from fastserve.plan.adapters import adapter_keys
 from fastserve.plan.observed import Attempt, AttemptState, Committed, Observed
@@ -91,9 +92,10 @@ def _newest_attempt(store: Store, model: str, stage: Stage, key: str, jobs: Mapp
             final=bool(failure.get("final")),
             ended_at=failure.get("at"),
         )
-    job = jobs.get(submission_id(model, stage, key, number))
+    owner = _claimed_by(store, model, stage, key, number, jobs)
+    job = jobs.get(submission_id(owner, stage, key, number))
     if job is not None and job.state in (JobState.PENDING, JobState.RUNNING):
-        return Attempt(number, AttemptState.RUNNING, model=model)
+        return Attempt(number, AttemptState.RUNNING, model=owner)
     progress = attempts.read_progress(store, stage, key, number)
     seen_at = progress.get("at") if progress else None
     return Attempt(
@@ -105,6 +107,17 @@ def _newest_attempt(store: Store, model: str, stage: Stage, key: str, jobs: Mapp
     )
 
 
+def _claimed_by(store: Store, model: str, stage: Stage, key: str, number: int, jobs: Mapping[str, Job]) -> str:
+    """Name of the Model whose attempt it is: models that ask for the same thing share its key, and only one of them
+    makes it."""
+    if submission_id(model, stage, key, number) in jobs:
+        return model
+    try:
+        return attempts.request_of(store, stage, key, number).model
+    except StoreFailed:  # damaged or gone: then no job is known of it either
+        return model
+
+
 _SUBMISSION = re.compile(
     r"(?P<model>.+)-(?P<stage>source|train|compress|evaluate)-(?P<key>[0-9a-f]{12})-(?P<attempt>[0-9]+)"
 )
@@ -113,10 +126,15 @@ _SUBMISSION = re.compile(
 def _stale_attempts(model: str, wanted: set[str], jobs: Mapping[str, Job]) -> dict[str, Attempt]:
     """Running jobs of this model at keys that its manifest no longer leads to, by the first 12 digits of the key."""
     short = {key[:12] for key in wanted}
-    found: dict[str, Attempt] = {}
+    found = running_attempts(model, jobs)
+    return {key: Attempt(number, AttemptState.RUNNING, model=model) for key, number in found if key not in short}
+
+
+def running_attempts(model: str, jobs: Mapping[str, Job]) -> list[tuple[str, int]]:
+    """The first 12 digits of the key and the number of each attempt of a model that runs, by the jobs alone."""
+    found = []
     for name, job in jobs.items():
         match = _SUBMISSION.fullmatch(name)
-        running = job.state in (JobState.PENDING, JobState.RUNNING)
-        if match and running and match["model"] == model and match["key"] not in short:
-            found[match["key"]] = Attempt(int(match["attempt"]), AttemptState.RUNNING, model=model)
-    return found
+        if match and match["model"] == model and job.state in (JobState.PENDING, JobState.RUNNING):
+            found.append((match["key"], int(match["attempt"])))
+    return sorted(found)

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,9 +155,16 @@ def _lineage() -> set[int]:
     return pids
 
 
-def kill_home(home_id: str, part: str | None = None, grace_seconds: float = 8.0, deadline_seconds: float = 30.0) -> int:
+def kill_home(
+    home_id: str,
+    part: str | None = None,
+    grace_seconds: float = 8.0,
+    deadline_seconds: float = 30.0,
+    idle: Sequence[str] = (),
+) -> int:
     """End all processes of a home: ask, wait `grace_seconds`, then kill, until none is found.
 
+    idle: words in the command lines of processes that have nothing to tidy up: nobody waits for them alone.
     Returns how many there were. Raises ClusterFailed when some are still there after `deadline_seconds`: they hang in
     the kernel, usually on a disk or network file system that does not answer.
     """
@@ -169,13 +176,22 @@ def kill_home(home_id: str, part: str | None = None, grace_seconds: float = 8.0,
             listed = ", ".join(f"{process.pid} ({process.command[:60]})" for process in processes)
             raise ClusterFailed(f"these processes do not end: {listed}; end them by hand, then run the command again")
         ended.update(processes)
-        end_each(processes, send, grace_seconds if send == signal.SIGTERM else 2.0)
+        needless = {process for process in processes if any(word in process.command for word in idle)}
+        end_each(processes, send, grace_seconds if send == signal.SIGTERM else 2.0, needless)
         send = signal.SIGKILL  # whatever is found in a second look is new or would not listen
     return len(ended)
 
 
-def end_each(processes: Iterable[Process], with_signal: signal.Signals, wait_seconds: float) -> None:
-    """Send each of these very processes a signal and wait until all are gone, at most `wait_seconds`."""
+def end_each(
+    processes: Iterable[Process],
+    with_signal: signal.Signals,
+    wait_seconds: float,
+    needless: Container[Process] = (),
+) -> None:
+    """Send each of these very processes a signal and wait until all are gone, at most `wait_seconds`.
+
+    needless: those that need not be gone while others of them were waited for.
+    """
     handles: dict[int, Process] = {}
     try:
         for process in processes:
@@ -183,7 +199,8 @@ def end_each(processes: Iterable[Process], with_signal: signal.Signals, wait_sec
             if handle is not None:
                 handles[handle] = process
                 _send(handle, with_signal)
-        _await_ends(handles, wait_seconds)
+        needed = {handle for handle, process in handles.items() if process not in needless}
+        _await_ends(needed or set(handles), wait_seconds)
     finally:
         for handle in handles:
             os.close(handle)
@@ -208,7 +225,7 @@ def _send(handle: int, with_signal: signal.Signals) -> None:
         return
 
 
-def _await_ends(handles: Mapping[int, Process], wait_seconds: float) -> None:
+def _await_ends(handles: Set[int], wait_seconds: float) -> None:
     poll = select.poll()
     for handle in handles:
         poll.register(handle, select.POLLIN)

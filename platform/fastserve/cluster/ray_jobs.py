@@ -93,7 +93,8 @@ class Jobs:
             return None
         if not response.is_success:
             raise self._rest.failed(response, f"say how job {submission_id} stands")
-        return Job.from_json(response.json())
+        with self._rest.understood():
+            return Job.from_json(response.json())
 
     def state(self, submission_id: str) -> JobState | None:
         """How a job stands; None when the head does not know it."""
@@ -106,7 +107,8 @@ class Jobs:
         if not response.is_success:
             raise self._rest.failed(response, "list its jobs")
         # Drivers that connect by themselves are listed too, without a submission id; they are not ours.
-        jobs = [Job.from_json(value) for value in response.json() if value.get("submission_id")]
+        with self._rest.understood():
+            jobs = [Job.from_json(value) for value in response.json() if value.get("submission_id")]
         return {job.submission_id: job for job in jobs}
 
     def stop(self, submission_id: str) -> None:

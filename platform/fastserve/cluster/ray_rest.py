@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -48,6 +50,17 @@ class RayRest:
                 "run `fastserve down` and `fastserve up`"
             )
         return response
+
+    @contextmanager
+    def understood(self) -> Iterator[None]:
+        """While the block reads an answer. Raises ClusterFailed for one that is not as Ray's own: then one head is to
+        blame, and whoever looks at several goes on with the others."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ClusterFailed(
+                f"what answers at {self._url} is not understood ({error!r}); is it a Ray head, and of this version?"
+            ) from error
 
     def failed(self, response: httpx.Response, what: str) -> ClusterFailed:
         """The error for an answer that is not a success, with the last line of what the head said."""

@@ -209,10 +209,11 @@ class ServeApi:
         response = self._rest.call("GET", "/api/serve/applications/", answer_seconds=60.0)
         if not response.is_success:
             raise self._rest.failed(response, "list the serving applications")
-        told = response.json()
-        self._controller = (told.get("controller_info") or {}).get("node_id")
-        found = told.get("applications") or {}
-        return {name: AppStatus.from_json(name, value) for name, value in found.items()}
+        with self._rest.understood():
+            told = response.json()
+            self._controller = (told.get("controller_info") or {}).get("node_id")
+            found = told.get("applications") or {}
+            return {name: AppStatus.from_json(name, value) for name, value in found.items()}
 
     def scaling(self, app: str) -> dict[str, Any] | None:
         """What the policy of an application noted last (`stages.serve.policy`): its figures and decisions.

@@ -14,9 +14,11 @@ from fastserve.artifacts.store import Store
 from fastserve.errors import UsageInvalid
 from fastserve.plan import gate as gates
 from fastserve.plan import keys
+from fastserve.plan.adapters import adapter_keys
 from fastserve.plan.moves import Done, Move, Refuse, RunStage, StartRevision, Wait
 from fastserve.plan.observed import AttemptState, LiveRevision, Observed, Place, RevisionState, Window
 from fastserve.plan.pipeline import wanted_revision
+from fastserve.plan.revision import Revision
 from fastserve.plan.stages import Stage
 from fastserve.plan.steps import step_of
 from fastserve.spec.model import Model
@@ -45,6 +47,7 @@ def status_of(
         "name": model.name,
         "stages": stages,
         "gate": _gate(model, observed),
+        "adapters": _adapters(model, observed),
         "revisions": revisions,
         "rollout": _rollout(model, observed),
         "pin": _pin(observed),
@@ -66,6 +69,32 @@ def _revision(live: LiveRevision, observed: Observed, scaling: Sequence[Mapping[
         "places": [_place(place, bounds.get(place.profile, {})) for place in live.places],
     }
     return found if window is None else found | {"window": _window(window)}
+
+
+def _adapters(model: Model, observed: Observed) -> list[dict[str, Any]]:
+    """Each adapter that the manifest names: how far it is, and which revisions can apply it.
+
+    It is serving when a revision that answers requests has an engine that was started for its rank.
+    """
+    ranks = {digest: Revision.from_json(value).lora_rank for digest, value in observed.known_revisions.items()}
+    answering = [live.digest for live in observed.revisions if live.state is RevisionState.READY]
+    carrying = [digest for digest in answering if observed.weights.get(digest, 0) > 0]
+    resolved = adapter_keys(model, observed.digests)
+    found: list[dict[str, Any]] = []
+    for name in [item.name for item in model.spec.serve.adapters] if model.spec.serve is not None else []:
+        key = resolved.get(name, "")
+        done, attempt = observed.committed.get(key), observed.attempts.get(key)
+        if done is not None:
+            rank = int(done.metrics["rank"])
+            able = [digest for digest in carrying if ranks.get(digest, 0) >= rank]
+            state = "serving" if able else "committed"
+            found.append({"name": name, "state": state, "digest": done.digest, "rank": rank, "revisions": able})
+        elif attempt is None or attempt.state is AttemptState.RUNNING:
+            found.append({"name": name, "state": "waiting" if attempt is None else attempt.state.value})
+        else:
+            told = {"reason": attempt.reason, "message": attempt.message}
+            found.append({"name": name, "state": attempt.state.value, **told})
+    return found
 
 
 def _place(place: Place, bounds: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +178,7 @@ def current_stage(moves: Sequence[Move]) -> str:
             return "serve"
         if isinstance(move, Refuse):
             return str(move.stage) or "-"
-    return "-"
+    return next((move.stage for move in moves if isinstance(move, Wait)), "-")
 
 
 def _stage(model: Model, stage: Stage, observed: Observed, store: Store) -> dict[str, Any]:

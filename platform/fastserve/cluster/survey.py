@@ -36,7 +36,14 @@ from fastserve.plan.digest import digest_of
 from fastserve.plan.facts import LOCAL, DatasetFacts, Hardware, ModelFacts
 from fastserve.plan.keys import Role, ident_of, outside
 from fastserve.plan.lora import AdapterFacts, rank_limit
-from fastserve.plan.memory import ByteTable, compressed_bytes, fits, replica_memory_bytes, serving_memory
+from fastserve.plan.memory import (
+    ByteTable,
+    compressed_bytes,
+    context_problem,
+    fits,
+    replica_memory_bytes,
+    serving_memory,
+)
 from fastserve.plan.observed import Committed
 from fastserve.plan.revision import Revision
 from fastserve.plan.sheet import AdapterLine, DatasetLine, Sheet, stage_lines
@@ -44,12 +51,12 @@ from fastserve.plan.stages import Stage
 from fastserve.plan.tasks import task_problem
 from fastserve.plan.time import estimate
 from fastserve.plan.training import TrainingPlan, plan_training
-from fastserve.spec.model import AccessKey, HardwareProfile, Model
+from fastserve.spec.model import HardwareProfile, Model
 from fastserve.spec.serve import Adapter
 from fastserve.spec.source import Source
 from fastserve.spec.train import Scratch, Train
 
-FACTS_VERSION = 5
+FACTS_VERSION = 6
 """Raised when what is counted changes, so that older counts in a home are not believed."""
 
 
@@ -69,7 +76,6 @@ def survey(
     store_uri: str,
     model: Model,
     profiles: Sequence[HardwareProfile] = (),
-    access_keys: Sequence[AccessKey] = (),
     cluster: Collection[str] = (LOCAL,),
     made: Mapping[str, Committed] | None = None,
 ) -> Survey:
@@ -83,12 +89,10 @@ def survey(
     """
     hardware = local_hardware()
     executable.check(model, profiles, cluster, local=hardware, claims=mounted_claims())
-    for key in access_keys:
-        executable.check_access_key(key)
     resolved = {item.ident: resolve_source(home, item.source, item.role) for item in outside(model)}
     look = _Look(home, resolved)
     facts = look.made(model)
-    _require_task(model, facts)
+    _require_able(model, facts)
     datasets = look.datasets(model)
     adapters = look.adapters(home, model, facts)
     digests = {ident: found.digest for ident, found in resolved.items()}
@@ -351,11 +355,15 @@ def _require_free_names(home: Home, model: Model) -> None:
         raise ManifestInvalid(problems)
 
 
-def _require_task(model: Model, facts: ModelFacts) -> None:
-    """Raise ManifestInvalid when the model cannot do what serve.task asks of it."""
-    problem = task_problem(model.spec.serve.task, facts) if model.spec.serve is not None else None
-    if problem is not None:
-        raise ManifestInvalid([problem])
+def _require_able(model: Model, facts: ModelFacts) -> None:
+    """Raise ManifestInvalid when the model cannot do what serve.task asks of it, or not in serve.context."""
+    serve = model.spec.serve
+    if serve is not None:
+        problems = [
+            item for item in (task_problem(serve.task, facts), context_problem(serve, facts)) if item is not None
+        ]
+        if problems:
+            raise ManifestInvalid(problems)
 
 
 def _serving(

@@ -59,22 +59,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="file with the SHA-256 of the token for orders: with it, a config that is not there yet is waited for "
         f"(on {WAITING.host}, ports {WAITING.port} and {WAITING.admin_port}), or comes over the admin port",
     )
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="how long running streams may go on after SIGTERM; by default what the config says",
+    )
     options = parser.parse_args(arguments)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
-        uvloop.run(serve(options.config, options.orders_sha256))
+        uvloop.run(serve(options.config, options.orders_sha256, options.drain_seconds))
     except FastServeError as error:
         log.error("%s", error)
         return error.exit_code
     return 0
 
 
-async def serve(path: Path, orders_sha256: Path | None = None) -> None:
+async def serve(path: Path, orders_sha256: Path | None = None, drain_seconds: float | None = None) -> None:
     """Run the gateway with the config in `path` until a signal. Raises PortInUse, ClusterFailed, UsageInvalid.
 
-    orders_sha256: file with the SHA-256 of the token for orders; with it, the config may come later.
+    orders_sha256: file with the SHA-256 of the token for orders; with it, the config may come later. drain_seconds: how
+    long running streams may go on after the signal; None: as the config says then.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -101,7 +108,7 @@ async def serve(path: Path, orders_sha256: Path | None = None) -> None:
             await site.stop()
         gateway.server.pre_shutdown()  # idle connections close now, busy ones after their answer
     finally:
-        await gateway.close(gateway.config.drain_seconds)
+        await gateway.close(gateway.config.drain_seconds if drain_seconds is None else drain_seconds)
         await runner.cleanup()
         await admin.cleanup()
     log.info("stopped")

@@ -70,7 +70,11 @@ def check_access_key(key: AccessKey) -> None:
         "tokenBudget": key.spec.token_budget,
     }
     problems = [
-        Problem(f"spec.{name}", f"the gateway does not keep {name} yet; remove it, the key then has no such limit")
+        Problem(
+            f"spec.{name}",
+            f"nothing keeps {name} yet, and AccessKey {key.metadata.name} asks for it; remove it, and the key has no "
+            "such limit",
+        )
         for name, value in limits.items()
         if value is not None
     ]

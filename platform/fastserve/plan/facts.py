@@ -68,6 +68,10 @@ class ModelFacts:
     reasoning_parser: str = ""
     """How it writes its thinking, as vLLM names it; empty: it does not, or nobody knows."""
 
+    most_context: int = 0
+    """Longest sequence that an engine computes with it: `max_context`, or more where its positions are stretched (RoPE
+    scaling). 0: its config does not say."""
+
     warnings: tuple[str, ...] = ()
     """What a reader of the plan should know: a wrong end token that was put right, a template that is missing."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-from fastserve.errors import InsufficientMemory
+from fastserve.errors import InsufficientMemory, Problem
 from fastserve.plan.facts import Hardware, ModelFacts
 from fastserve.plan.tasks import is_encoder
 from fastserve.spec.compress import CompressStep
@@ -184,6 +184,15 @@ def plan_cache(facts: ModelFacts, serve: Serve, hardware: Hardware) -> CachePlan
         blocks = cache // (KV_BLOCK_TOKENS * token_bytes) - 1
         wanted = max(KV_BLOCK_TOKENS, min(wanted, blocks * KV_BLOCK_TOKENS))
     return CachePlan(wanted, sequences, cache, token_bytes)
+
+
+def context_problem(serve: Serve, facts: ModelFacts) -> Problem | None:
+    """Why the engine would not take `serve.context`; None when it does, or nobody knows."""
+    most = facts.most_context
+    if serve.context is None or not most or serve.context <= most:
+        return None
+    told = f"is {serve.context}, and the model has positions for {most} tokens; write at most {most}"
+    return Problem("spec.serve.context", told, suggestion=str(most))
 
 
 def _whole_sequence_bytes(context: int, token_bytes: int) -> int:

@@ -27,6 +27,15 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """Where requests for a revision have gone until now."""
+
+    head: str
+    seconds: float
+    """For how long."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stay:
     """Where a revision shall be now."""
 
@@ -45,24 +54,28 @@ class Stay:
         return len(self.heads) > 1
 
 
-def stay(wanted: str, standing: Mapping[str, Standing], settled_seconds: float | None) -> Stay:
+def stay(wanted: str, standing: Mapping[str, Standing], before: Route | None) -> Stay:
     """Where a revision shall be.
 
-    wanted: the head that it shall have in the end. standing: how the heads that have it, have it. settled_seconds: for
-    how long the wanted head has had it in full; None when it has not, or nobody looked yet.
+    wanted: the head that it shall have in the end. standing: how the heads that have it, have it. before: where its
+    requests have gone until now; None when nobody knows.
 
-    What answers is never given up for what does not: the old place stays until the new one has as many replicas, and
-    for LEAVE_SECONDS more.
+    What answers is never given up for what does not: requests go on where they go until the wanted head has as many
+    replicas. Other places are kept for LEAVE_SECONDS after requests have left them, and no longer, also while the
+    wanted head is still to come: it may be waiting for just their machines.
     """
     others = {head: item for head, item in standing.items() if head != wanted and item.answers}
     if not others:
         return Stay(frozenset({wanted}), wanted)
     least = max(item.replicas for item in others.values())
     if is_full(wanted, standing):
-        is_left = settled_seconds is not None and settled_seconds >= LEAVE_SECONDS
-        return Stay(frozenset({wanted}) if is_left else frozenset({wanted, *others}), wanted, least)
-    best = max(sorted(others), key=lambda head: others[head].replicas)
-    return Stay(frozenset({wanted, *others}), best, least)
+        routed = wanted
+    elif before is not None and before.head in others:
+        routed = before.head
+    else:
+        routed = max(sorted(others), key=lambda head: others[head].replicas)
+    is_left = before is not None and before.head == routed and before.seconds >= LEAVE_SECONDS
+    return Stay(frozenset({wanted, routed} if is_left else {wanted, *others}), routed, least)
 
 
 def is_full(wanted: str, standing: Mapping[str, Standing]) -> bool:

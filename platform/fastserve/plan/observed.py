@@ -178,5 +178,5 @@ class Observed:
 
     pin: Pin | None = None
     known_revisions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What each revision of this model serves, by digest: the value of `Revision.to_json`. Rollback may go to any of
-    them."""
+    """What each revision of this model serves, by digest: the value of `Revision.to_json`, and `proven` where it has
+    had all the traffic. Rollback may go to any of them."""

@@ -20,7 +20,7 @@ from fastserve.plan.adapters import adapter_keys, adapter_moves, committed_ranks
 from fastserve.plan.gate import GateOutcome, decide
 from fastserve.plan.keys import candidate_stage, inputs_of, outside, request_for, stage_keys, wanted_stages
 from fastserve.plan.moves import Done, Move, Refuse, Resolve, RunStage, StopAttempt, Wait
-from fastserve.plan.observed import AttemptState, Committed, Observed
+from fastserve.plan.observed import Attempt, AttemptState, Committed, Observed
 from fastserve.plan.revision import Revision, deciding
 from fastserve.plan.rollout import serve_moves, unserve_moves
 from fastserve.plan.stages import Stage
@@ -121,7 +121,7 @@ def _stage_moves(model: Model, observed: Observed, keys: Mapping[Stage, str], no
         # Also a later stage than the first missing one: it had its inputs when it began.
         attempt = observed.attempts.get(key)
         if attempt is not None and attempt.state is AttemptState.RUNNING:
-            return [Wait(because=f"{_name(stage)} is running (attempt {attempt.number}).", stage=stage)]
+            return [Wait(because=f"{_name(stage)} is running ({_whose(attempt, model)}).", stage=stage)]
     stage = missing[0]
 
     def run(number: int, because: str) -> RunStage:
@@ -153,6 +153,12 @@ def _other_bytes(measured: Committed, candidate: Committed) -> list[Move]:
         f"{candidate.digest[:8]}; delete that evaluate artifact from the store, and it is measured again."
     )
     return [Refuse(because=because, reason="GateInconclusive", stage=Stage.EVALUATE)]
+
+
+def _whose(attempt: Attempt, model: Model) -> str:
+    """An attempt for people; of two models that ask for the same thing one makes it, and has its log."""
+    others = f" of model {attempt.model}, which asks for the same" if attempt.model not in ("", model.name) else ""
+    return f"attempt {attempt.number}{others}"
 
 
 def _name(stage: Stage) -> str:

@@ -16,8 +16,8 @@ def rollback_target(name: str, observed: Observed, known: Sequence[str], wanted:
     """Digest of the revision that is asked for.
 
     known: digests of the model's revisions, oldest first. wanted: digest of the one that the manifest asks for.
-    revision: its first digits; None or `previous` for the one that a rollout is to replace, else the one before that
-    which serves. Raises UsageInvalid when that is not one revision.
+    revision: its first digits; None or `previous` for the one that a rollout is to replace, else the newest one
+    before that which serves, of those that have had all the traffic. Raises UsageInvalid when that is not one revision.
     """
     if revision is not None and revision != PREVIOUS:
         found = [digest for digest in known if digest.startswith(revision)]
@@ -31,7 +31,8 @@ def rollback_target(name: str, observed: Observed, known: Sequence[str], wanted:
     before = known[: known.index(serving[0])] if serving and serving[0] in known else []
     if not before:
         raise UsageInvalid(f"{name} has no revision before the one that serves; `fastserve status {name}` lists them")
-    return before[-1]
+    proven = [digest for digest in before if observed.known_revisions.get(digest, {}).get("proven")]
+    return (proven or before)[-1]  # the other ones may be those that never came up, or were rolled back
 
 
 def pin_of(target: str, wanted: str, stepped: bool) -> Pin | None:

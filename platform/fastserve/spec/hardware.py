@@ -41,4 +41,5 @@ class HardwareProfileSpec(Section):
     """Whether the machine may be taken away at short notice."""
 
     node_selector: dict[str, str] = Field(default_factory=dict)
-    """Labels that a Kubernetes node of this profile carries."""
+    """Labels that a Kubernetes node of this profile carries, for who reads it. Nothing is placed by them: pods go where
+    the worker group of the profile's name says (`ray.profiles[].nodeSelector` of the chart)."""

@@ -171,6 +171,23 @@ def _revisions() -> Schema:
     return _list_by("digest", "Revisions that a rollback may go to, the newest first.", item)
 
 
+def _adapters() -> Schema:
+    adapter = {
+        "name": _text("Its name, which requests ask for as the model."),
+        "state": _text("waiting, running, committed, failed or lost; serving when a revision with traffic applies it."),
+        "digest": _text("Digest of its artifact."),
+        "rank": _count("Its rank."),
+        "revisions": {
+            "description": "Digests of the revisions with traffic that apply it.",
+            "type": "array",
+            "items": {"type": "string"},
+        },
+        "reason": _text("Why it was not brought in, in one word."),
+        "message": _text("Why it was not brought in, and what to do."),
+    }
+    return _list_by("name", "Adapters that the manifest names.", _block("One adapter.", adapter, ("name",)))
+
+
 def of_model() -> Schema:
     """Status of a Model."""
     return _block(
@@ -180,6 +197,7 @@ def of_model() -> Schema:
             "stage": _text("The stage that is under way or next."),
             "stages": _stages(),
             "gate": _gate(),
+            "adapters": _adapters(),
             "revision": _text("Revision that serves, its first 8 digits."),
             "revisions": _revisions(),
             "rollout": _rollout(),

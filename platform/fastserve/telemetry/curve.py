@@ -2,7 +2,8 @@
 
 A row is `{step, loss, tokens, trainedTokens, learningRate}`, with `validationLoss` where it was measured; losses are
 nats a trained token. The train stage keeps all rows in its checkpoints and its artifact. While it runs, others see a
-thinned curve, so that what is written every few seconds stays small however long the run is.
+thinned curve, so that what is written every few seconds stays small however long the run is. The stage's log says some
+rows in words: it can be read where the artifacts cannot.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,27 @@ def loaded(text: bytes) -> list[Row]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
+
+
+def told(row: Row, total: int) -> str:
+    """A row in words, for a log. total: steps of the whole run."""
+    beside = f", validation loss {row['validationLoss']:.6g}" if row.get("validationLoss") is not None else ""
+    return f"step {row['step']} of {total}: loss {row['loss']:.6g}{beside}"
+
+
+_TOLD = re.compile(r"\bstep (\d{1,15}) of \d+: loss (\S+?)(?:, validation loss (\S+))?$", re.MULTILINE)
+
+
+def heard(log: str) -> list[Row]:
+    """Rows that a log says in words, by step; what was said last of a step counts."""
+    rows: dict[int, Row] = {}
+    for step, *values in _TOLD.findall(log):
+        try:
+            losses = [_finite(float(value)) for value in values if value]
+        except ValueError:
+            continue
+        rows[int(step)] = {"step": int(step), **dict(zip(("loss", "validationLoss"), losses, strict=False))}
+    return [rows[step] for step in sorted(rows)]
 
 
 def drawn(rows: Sequence[Row], title: str, width: int = 100, height: int = 24, colour: bool = False) -> str:

@@ -5,6 +5,7 @@ import math
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,16 @@ def test_an_attempt_is_claimed_once(store: Store, asked: Asked) -> None:
     assert attempts.request_of(store, Stage.TRAIN, KEY, 10) == asked(10)
     with pytest.raises(ArtifactNotFound):
         attempts.request_of(store, Stage.TRAIN, KEY, 2)
+
+
+def test_an_attempt_is_taken_by_one_of_those_who_ask_for_the_same_thing(store: Store, asked: Asked) -> None:
+    ours = asked(1)
+    theirs = replace(ours, model="other")
+    assert attempts.take(store, ours)
+    assert attempts.take(store, ours)  # as after a crash
+    assert not attempts.take(store, theirs)
+    assert attempts.take(store, replace(theirs, attempt=2))
+    assert not attempts.take(store, asked(2))
 
 
 def test_what_is_committed_is_found_and_fetched(store: Store, asked: Asked, made: Made, tmp_path: Path) -> None:

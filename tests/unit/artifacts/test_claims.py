@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from model_files import model_folder
+from model_files import write_model
 
 from fastserve.artifacts.claims import FOLDER, mounted_claims
 from fastserve.artifacts.sources import fetch, resolve
@@ -15,9 +15,7 @@ from fastserve.spec.source import Source
 def claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as pods have it, with a claim that holds a model and rows."""
     folder = tmp_path / "sources"
-    (folder / "weights/small").mkdir(parents=True)
-    for name, content in model_folder().items():
-        (folder / "weights/small" / name).write_bytes(content)
+    write_model(folder / "weights/small")
     (folder / "weights/rows.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "secret.jsonl").write_text('{"text": "not yours"}\n')
     monkeypatch.setenv(FOLDER, str(folder))

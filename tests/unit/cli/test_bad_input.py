@@ -92,12 +92,50 @@ def test_two_models_of_one_name(fastserve, manifest) -> None:
     assert "chat" in done.err
 
 
+@pytest.mark.parametrize("command", ["plan", "up"])
+@pytest.mark.parametrize(
+    ("spec", "code", "words"),
+    [
+        ("{models: [chat], maxParallel: 2}", 3, ["spec.maxParallel", "AccessKey team", "remove it"]),
+        ("{models: [chat], expires: 2020-01-31}", 2, ["spec.expires", "2020-01-31 has passed", "team"]),
+    ],
+)
+def test_a_key_that_would_open_nothing_is_refused_before_anything_is_kept(
+    fastserve, tmp_path: Path, command: str, spec: str, code: int, words: list[str]
+) -> None:
+    """Also where the manifest holds no Model."""
+    path = tmp_path / "key.yaml"
+    path.write_text(f"apiVersion: fastserve.dev/v1alpha1\nkind: AccessKey\nmetadata: {{name: team}}\nspec: {spec}\n")
+    done = fastserve(command, str(path))
+    assert done.code == code
+    for word in words:
+        assert word in done.err
+    assert not (tmp_path / "home").exists()
+
+
+def test_an_unknown_form_of_output_is_refused_and_lists_those_there_are(fastserve) -> None:
+    for words in (["status"], ["keys", "list"], ["keys", "create", "team", "-m", "chat"]):
+        done = fastserve(*words, "-o", "yaml")
+        assert done.code == 2
+        assert "'text', 'json'" in done.err
+
+
 @pytest.mark.parametrize("text", ["{{{", "a: b: c", "\tx: 1", "- [", "\x00", "just words"])
 def test_what_is_not_a_manifest(fastserve, tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     done = fastserve("validate", str(tmp_path / "bad.yaml"))
     assert done.code == 2
     assert "bad.yaml" in done.err
+
+
+@pytest.mark.parametrize(("context", "code"), [(8192, 0), (8193, 2)])
+def test_a_context_that_the_model_has_no_positions_for(fastserve, manifest, context: int, code: int) -> None:
+    """Before hours of training: the engine would refuse it at the end of them."""
+    done = fastserve("plan", manifest(f"{{source: '{SMOL}', serve: {{context: {context}}}}}"))
+    assert done.code == code, done.err
+    if code:
+        told = "spec.serve.context: is 8193, and the model has positions for 8192 tokens; write at most 8192"
+        assert told in done.err
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from typing import Any
 import port_forward
 import pytest
 from kube_objects import kubeconfig, served
-from model_files import model_folder
+from model_files import write_model
 from small_cluster import SmallCluster, small_cluster
 
 from fastserve.cli import on_cluster, render, up_on_cluster
@@ -85,9 +85,7 @@ class World:
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     for module in (on_cluster, up_on_cluster):
         monkeypatch.setattr(module, "LOOK_SECONDS", 0.02)
-    (tmp_path / "model").mkdir()
-    for name, content in model_folder().items():
-        (tmp_path / "model" / name).write_bytes(content)
+    write_model(tmp_path / "model")
     monkeypatch.delenv("FASTSERVE_DEBUG", raising=False)
     with small_cluster(tmp_path) as cluster, served(cluster.objects) as api:
         cluster.objects.put("/api/v1/namespaces/demo", {"metadata": {"name": "demo"}})
@@ -355,7 +353,8 @@ def test_a_plan_knows_the_clusters_machines_and_what_is_made(world: World) -> No
         (("status", "--context", "smal"), ["there is no context smal", "did you mean small?"]),
         (("status", "--context", "gone"), ["does not answer", "context gone", "is it up?"]),
         (("status", "--kubeconfig", "none.yaml"), ["there is no kubeconfig at none.yaml", "KUBECONFIG"]),
-        (("status", "chat", "--plot", "--cluster"), ["--plot", "fastserve logs chat train"]),
+        (("status", "chat", "--plot", "--cluster"), ["chat has no train stage", "leave --plot out"]),
+        (("status", "--plot", "--cluster"), ["name it, as in `fastserve status NAME --plot`"]),
         (("status", "--cluster", "--home", "x"), ["--home"]),
         (("chat", "chat", "hello", "--url", "http://x/v1"), ["--url is for a cluster"]),
         (("logs", "chat", "trian", "--cluster"), ["there is no stage trian", "train"]),

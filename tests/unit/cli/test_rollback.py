@@ -112,6 +112,19 @@ def test_afterwards_it_is_the_one_before(home: Home, rollback: Rollback) -> None
     assert (code, "has no revision before" in said) == (2, True)
 
 
+def test_one_that_never_had_all_the_traffic_is_passed_over(home: Home, rollback: Rollback) -> None:
+    """As when the rollout has rolled it back: nobody wants it at three in the morning."""
+    new = wanted_of(home)
+    for at, revision in enumerate((FIRST, SECOND, new)):
+        home.keep_revision(revision, at)
+    home.set_weights("chat", {FIRST.digest: 100})
+    home.set_weights("chat", {FIRST.digest: 90, SECOND.digest: 10})
+    home.set_weights("chat", {FIRST.digest: 100})
+    home.set_weights("chat", {new.digest: 100})
+    assert rollback()[0] == 0
+    assert home.weights("chat") == {FIRST.digest: 100}
+
+
 def test_the_new_one_by_name_takes_all_traffic_at_once(home: Home, rollback: Rollback) -> None:
     new = wanted_of(home)
     for at, revision in enumerate((FIRST, new)):

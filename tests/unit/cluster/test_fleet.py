@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,16 @@ def test_one_whose_artifact_is_gone_stays_as_it_is_and_says_so_once(home: Home, 
         assert fleet.apps(REVISION, Ground(NODES, LAPTOP, {name: status}, {})) == [status.config]
     assert len(said) == 1
     assert said[0].startswith(f"Revision {REVISION.short} of chat stays as it is: the source artifact")
+
+
+def test_one_that_another_version_wrote_stays_as_it_is(home: Home, store: Store) -> None:
+    said: list[str] = []
+    fleet = Fleet(home, store, said.append)
+    theirs = replace(REVISION, serve={"engine": {"tomorrow": 1}})
+    name = app_name("chat", theirs.digest, "big")
+    status = AppStatus(name, "RUNNING", replicas=1, config={"name": name, "as": "it was put"})
+    assert fleet.apps(theirs, Ground(NODES, LAPTOP, {name: status}, {})) == [status.config]
+    assert "tomorrow" in said[0]
 
 
 def test_bounds_follow_the_manifest_the_profiles_and_the_share_of_the_revision(home: Home, store: Store) -> None:

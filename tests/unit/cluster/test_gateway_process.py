@@ -12,7 +12,9 @@ import pytest
 from fastserve.cluster.access import gateway_keys, local_key
 from fastserve.cluster.gateway_process import ADMIN_FILE, GatewayProcess
 from fastserve.cluster.home import Home
+from fastserve.cluster.local import LocalCluster
 from fastserve.cluster.processes import Process, free_port
+from fastserve.errors import ClusterFailed, PortInUse
 from fastserve.gateway import config as gateway_config
 
 
@@ -84,3 +86,48 @@ def test_another_process_with_its_number_is_not_it_and_is_left_alone(home):
     gateway.stop()
     home.write_json("gateway/process.json", {**own.to_json(), "port": free_port()})
     assert gateway.alive()
+
+
+MODELS = {"chat": gateway_config.Served("generate", 1, hold=gateway_config.Hold(seconds=0.0))}
+
+
+@pytest.fixture
+def other(tmp_path):
+    """The gateway of another home, which runs."""
+    home = Home(tmp_path / "other")
+    home.create()
+    found = GatewayProcess(home)
+    port = free_port()
+    found.configure(MODELS, (), port)
+    found.start(port)
+    yield found
+    found.stop()
+
+
+def test_a_port_that_another_home_took_first_is_told_apart_from_a_gateway_that_is_broken(home, other):
+    late = GatewayProcess(home)
+    late.configure(MODELS, (), other.port)
+    with pytest.raises(PortInUse, match=f"port {other.port}"):
+        late.start(other.port)
+    late.config_path.write_text("no JSON")
+    with pytest.raises(ClusterFailed) as broken:
+        late.start(free_port())
+    assert not isinstance(broken.value, PortInUse)
+
+
+def test_who_asked_for_no_port_gets_another_one_when_somebody_was_quicker(home, other, monkeypatch):
+    cluster = LocalCluster(home)
+    monkeypatch.setattr(cluster, "_routes", lambda _: MODELS)
+    choose = cluster.gateway.choose_port
+    looks = iter([other.port])
+    monkeypatch.setattr(cluster.gateway, "choose_port", lambda wanted: next(looks, None) or choose(wanted))
+    cluster.keep_gateway({})
+    try:
+        assert cluster.gateway.alive()
+        assert cluster.gateway.port not in (None, other.port)
+    finally:
+        cluster.gateway.stop()
+    by_number = LocalCluster(home, port=other.port)
+    monkeypatch.setattr(by_number, "_routes", lambda _: MODELS)
+    with pytest.raises(PortInUse):
+        by_number.keep_gateway({})

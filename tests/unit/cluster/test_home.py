@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fastserve.cluster.home import Home
+from fastserve.cluster.home import MOST_REVISIONS, Home
 from fastserve.errors import HomeInUse, StoreFailed, UsageInvalid
 from fastserve.plan.observed import Pin
 from fastserve.plan.revision import Revision
@@ -64,6 +64,26 @@ def test_revisions_are_kept_in_the_order_they_were_made(home: Home) -> None:
     home.keep_revision(older, made_at=300.0)  # keeping again changes nothing
     assert list(home.revisions("chat")) == [older.digest, newer.digest]
     assert Revision.from_json(home.revisions("chat")[older.digest]) == older
+
+
+def test_of_many_revisions_the_newest_and_those_in_use_are_kept(home: Home) -> None:
+    made = [revision(f"k{number}") for number in range(MOST_REVISIONS + 20)]
+    used = made[:5]
+    home.want(model(), {}, {})
+    home.set_weights("chat", {used[0].digest: 100})
+    home.set_weights("chat", {used[1].digest: 90, used[2].digest: 10})
+    home.set_pin("chat", Pin(used[3].digest, used[2].digest))
+    home.start_serving("chat-app", used[4])
+    other = Revision("other", Stage.SOURCE, "k", "d" * 64, {})
+    home.keep_revision(other, made_at=0.0)
+    for number, item in enumerate(made):
+        home.keep_revision(item, made_at=float(number))
+    kept = list(home.revisions("chat"))
+    assert kept == [item.digest for item in made if item.digest in kept]  # oldest first
+    assert {item.digest for item in used} <= set(kept)
+    assert {item.digest for item in made[-MOST_REVISIONS:]} <= set(kept)
+    assert len(kept) <= MOST_REVISIONS + len(used)
+    assert list(home.revisions("other")) == [other.digest]
 
 
 def test_a_pin_holds_until_it_is_taken_away(home: Home) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from model_files import model_folder
+from model_files import write_model
 
 from fastserve.artifacts import attempts
 from fastserve.artifacts.store import Store
@@ -23,9 +23,7 @@ def committed(folder: Path) -> tuple[Store, str]:
     value = {"apiVersion": "fastserve.dev/v1alpha1", "kind": "Model", "metadata": {"name": "m"}}
     model = Model.model_validate(value | {"spec": {"source": "hf://org/small"}})
     store, request = open_store(str(folder / "store")), request_for(model, Stage.SOURCE, DIGESTS, 1)
-    (folder / "model").mkdir()
-    for name, content in model_folder().items():
-        (folder / "model" / name).write_bytes(content)
+    write_model(folder / "model")
     attempts.claim(store, request)
     attempts.commit(store, request, folder / "model", {}, {})
     return store, stage_keys(model, DIGESTS)[Stage.SOURCE]

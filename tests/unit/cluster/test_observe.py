@@ -10,7 +10,7 @@ from fastserve.artifacts import attempts
 from fastserve.artifacts.store import Store
 from fastserve.artifacts.stores import open_store
 from fastserve.cluster.home import Home
-from fastserve.cluster.observe import observe, submission_id
+from fastserve.cluster.observe import observe, running_attempts, submission_id
 from fastserve.cluster.ray_jobs import Job, JobState
 from fastserve.cluster.ray_serve import AppStatus, app_name, revision_name
 from fastserve.cluster.status import status_of
@@ -71,6 +71,24 @@ def test_an_attempt_whose_job_ended_without_a_word_is_lost(
     key = claim(store, model)
     attempt = observe(home, store, model, job(model, key, state), {}).attempts[key]
     assert (attempt.state, attempt.message, attempt.ended_at) == (AttemptState.LOST, "said Ray", 123.0)
+
+
+def test_an_attempt_of_another_model_that_asks_for_the_same_runs_and_is_that_ones(
+    home: Home, store: Store, model: Model
+) -> None:
+    """Also where one name begins as the other one does."""
+    key = claim(store, model)
+    other = model.model_copy(update={"metadata": model.metadata.model_copy(update={"name": "chat-b"})})
+    home.want(other, DIGESTS, {})
+    attempt = observe(home, store, other, job(model, key, JobState.RUNNING), {}).attempts[key]
+    assert (attempt.state, attempt.number, attempt.model) == (AttemptState.RUNNING, 1, "chat")
+    attempt = observe(home, store, other, job(model, key, JobState.FAILED), {}).attempts[key]
+    assert (attempt.state, attempt.message) == (AttemptState.LOST, "said Ray")
+    running = (
+        job(model, key, JobState.RUNNING) | job(other, key, JobState.RUNNING, 2) | job(model, key, JobState.STOPPED, 3)
+    )
+    assert running_attempts("chat", running) == [(key[:12], 1)]
+    assert running_attempts("chat-b", running) == [(key[:12], 2)]
 
 
 def test_an_attempt_that_no_head_knows_is_lost(home: Home, store: Store, model: Model) -> None:

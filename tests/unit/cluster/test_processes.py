@@ -124,6 +124,21 @@ def test_one_that_listens_ends_long_before_the_grace_is_over(home_id: str, spawn
     assert time.monotonic() - began < 100
 
 
+def test_nobody_waits_for_those_alone_that_have_nothing_to_tidy_up(home_id: str, spawn: Spawn, tmp_path: Path) -> None:
+    tidies = (
+        "import signal, sys, time; from pathlib import Path; signal.signal(signal.SIGTERM, "
+        f"lambda *_: (time.sleep(1), Path({str(tmp_path / 'tidy')!r}).touch(), sys.exit())); "
+        "print('ready', flush=True); time.sleep(600)"
+    )
+    both = [spawn(STUBBORN + "  # is_idle"), spawn(tidies)]
+    for process in both:
+        assert _line(process) == b"ready\n"
+    # With a grace beyond the deadline, waiting for the stubborn one would be an error.
+    assert kill_home(home_id, grace_seconds=120, deadline_seconds=100, idle=["is_idle"]) == 2
+    assert (tmp_path / "tidy").exists(), "the other one had its time"
+    assert [process.wait(60) for process in both] == [-signal.SIGKILL, 0]
+
+
 def test_a_process_never_finds_itself_nor_those_it_descends_from(home_id: str) -> None:
     code = (
         "import os, subprocess, sys; from fastserve.cluster.processes import find, kill_home; "

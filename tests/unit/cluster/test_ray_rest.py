@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 
+from fastserve.cluster.nodes import machines
 from fastserve.cluster.processes import free_port
 from fastserve.cluster.ray_jobs import Jobs, JobState
 from fastserve.cluster.ray_rest import RayRest
@@ -283,3 +285,30 @@ def test_what_a_policy_noted_is_read_beside_the_controllers_log(head: Head) -> N
     assert api.scaling("chat-1-local") == {"app": "chat-1-local", "wanted": 2}
     head.files["fastserve_scaling_chat-1-local.json"] = '{"app": "chat-1-l'
     assert api.scaling("chat-1-local") is None
+
+
+@pytest.mark.parametrize("told", [[], {}, {"data": None}, ["x"], {"applications": 3}, {"applications": {"a": []}}])
+def test_an_answer_that_is_not_rays_is_said_so(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else is wrong with it: then one head is to blame, and not the one who asks."""
+    monkeypatch.setattr(RayRest, "call", lambda *_, **__: httpx.Response(200, json=told))
+    calls = (
+        Jobs("http://h", "").all,
+        ServeApi("http://h", "").get,
+        lambda: Jobs("http://h", "").find("job"),
+        lambda: machines("http://h", ""),
+    )
+    said = []
+    for call in calls:
+        try:
+            call()
+        except ClusterFailed as error:
+            said.append(str(error))
+    assert said
+    assert all("http://h is not understood" in text for text in said)
+
+
+def test_an_answer_that_is_no_json_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RayRest, "call", lambda *_, **__: httpx.Response(200, text="<html>a proxy</html>"))
+    for call in (Jobs("http://h", "").all, ServeApi("http://h", "").get, lambda: machines("http://h", "")):
+        with pytest.raises(ClusterFailed, match="is not understood"):
+            call()

@@ -35,11 +35,11 @@ PLATFORM = Path(__file__).parents[3] / "platform"
 class Process:
     """A gateway process; its log is read line by line."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *words: str) -> None:
         self.file = file
         self.log: list[dict[str, object]] = []
         self._out = file.with_suffix(".log").open("w+")
-        command = [sys.executable, "-m", "fastserve.gateway", "--config", str(file)]
+        command = [sys.executable, "-m", "fastserve.gateway", "--config", str(file), *words]
         environment = {**os.environ, "PYTHONPATH": str(PLATFORM)}
         self.popen = subprocess.Popen(command, stdout=self._out, stderr=subprocess.STDOUT, env=environment)
 
@@ -68,10 +68,10 @@ class Process:
 
 
 @contextlib.contextmanager
-def gateway(folder: Path, config):
+def gateway(folder: Path, config, *words: str):
     file = folder / "gateway.json"
     write(file, config)
-    process = Process(file)
+    process = Process(file, *words)
     try:
         yield process
     finally:
@@ -208,8 +208,15 @@ def test_a_missing_config_ends_it_with_code_2_and_words(tmp_path):
         read(tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_streams_finish_and_takes_no_new_connection(tmp_path, kit, signum):
+@pytest.mark.parametrize(
+    ("signum", "seconds", "words"),
+    [
+        (signal.SIGTERM, 100.0, ()),
+        (signal.SIGINT, 100.0, ()),
+        (signal.SIGTERM, 0.0, ("--drain-seconds=100",)),  # a pod knows how long it may take, its orders do not
+    ],
+)
+def test_a_signal_lets_streams_finish_and_takes_no_new_connection(tmp_path, kit, signum, seconds, words):
     async def scenario():
         go_on = asyncio.Event()
 
@@ -223,8 +230,8 @@ def test_a_signal_lets_streams_finish_and_takes_no_new_connection(tmp_path, kit,
 
         runner = web.ServerRunner(web.Server(paced), shutdown_timeout=0.1)
         target = f"http://127.0.0.1:{await kit.listen(runner)}"
-        config = replace(with_model(kit.usual_config(), "chat", target), drain_seconds=100.0)
-        with gateway(tmp_path, config) as process:
+        config = replace(with_model(kit.usual_config(), "chat", target), drain_seconds=seconds)
+        with gateway(tmp_path, config, *words) as process:
             url = process.url()
             headers = {"Authorization": f"Bearer {kit.KEY}"}
             async with (

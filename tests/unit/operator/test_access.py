@@ -9,6 +9,7 @@ import pytest
 from kube_objects import KubeObjects
 
 from fastserve.cluster.kube.api import KubeApi
+from fastserve.errors import ClusterFailed
 from fastserve_operator.access import tend_key
 
 KEYS = "/apis/fastserve.dev/v1alpha1/namespaces/demo/accesskeys"
@@ -88,3 +89,44 @@ def test_a_key_whose_last_day_is_over_says_so(api: KubeApi, objects: KubeObjects
     assert ready(objects) == ("False", "Expired")
     assert entry is not None  # the gateway knows it, and when it ended
     assert entry["expires"] == "2020-01-01"
+
+
+@pytest.mark.parametrize("data", [{}, {"key": ""}, {"key": "/v8="}])
+def test_a_secret_that_holds_no_key_opens_nothing_and_says_so(
+    api: KubeApi, objects: KubeObjects, data: dict[str, str]
+) -> None:
+    tend_key(api, wanted(objects), NOW)
+    objects.objects[SECRET]["data"] = data
+    assert tend_key(api, objects.objects[f"{KEYS}/team"], NOW) is None
+    (told,) = objects.objects[f"{KEYS}/team"]["status"]["conditions"]
+    assert told["reason"] == "NameConflict"
+    assert "team-key holds no key; remove it" in told["message"]
+
+
+def test_an_api_server_that_stumbles_takes_no_key_away(api: KubeApi, objects: KubeObjects) -> None:
+    first = tend_key(api, wanted(objects), NOW)
+    known = wanted(objects, models=["other"])
+    objects.down = True
+    assert first is not None
+    assert tend_key(api, known, NOW) == {**first, "models": ["other"]}
+
+
+def test_a_key_that_was_never_read_opens_nothing_until_it_is(api: KubeApi, objects: KubeObjects) -> None:
+    found = wanted(objects)
+    objects.down = True
+    assert tend_key(api, found, NOW) is None
+
+
+def test_a_key_that_was_taken_away_stays_shut_though_no_new_one_can_be_made(
+    api: KubeApi, objects: KubeObjects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever removes the Secret of a key that leaked wants it shut."""
+    tend_key(api, wanted(objects), NOW)
+    objects.delete(SECRET)
+
+    def full(*_: Any) -> Any:
+        raise ClusterFailed("exceeded quota: secrets")
+
+    monkeypatch.setattr(api, "create", full)
+    assert tend_key(api, objects.objects[f"{KEYS}/team"], NOW) is None
+    assert ready(objects) == ("Unknown", "ClusterFailed")

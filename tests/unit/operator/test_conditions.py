@@ -3,8 +3,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import httpx
 import pytest
 
+from fastserve.cluster.ray_rest import RayRest
 from fastserve.errors import (
     ClusterFailed,
     InsufficientMemory,
@@ -151,6 +153,15 @@ def test_serving_is_true_only_with_traffic_and_an_answer() -> None:
     assert (told["status"], told["reason"], told["message"]) == ("False", "OutOfMemory", "CUDA out of memory")
 
 
+def head_says(status: int) -> ClusterFailed:
+    """The error of a head that answers so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(httpx.Client, "request", lambda *_, **__: httpx.Response(status))
+        with pytest.raises(ClusterFailed) as raised:
+            RayRest("http://x", "token").call("GET", "/api/jobs/")
+    return raised.value
+
+
 @pytest.mark.parametrize(
     ("said", "told"),
     [
@@ -164,6 +175,11 @@ def test_serving_is_true_only_with_traffic_and_an_answer() -> None:
             "the Ray head at http://x does not answer (refused)",
         ),
         ("Stage train is running (attempt 1).", "Stage train is running (attempt 1)."),
+        (
+            str(head_says(403)),
+            "the Ray head at http://x refuses the token (403): its Secret was changed since the head's pod began; "
+            "put the old token back, or delete the RayCluster, and another one is made",
+        ),
     ],
 )
 def test_advice_for_a_laptop_is_left_out(said: str, told: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_files import model_folder
+from model_files import write_inputs
 from small_cluster import Killed, Moments, SmallCluster, small_cluster
 
 from fastserve.errors import StoreFull
@@ -35,18 +35,7 @@ LOOKS = 400
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of six tokens, and rows for it."""
-    folder = tmp_path_factory.mktemp("files")
-    (folder / "model").mkdir()
-    for name, content in model_folder().items():
-        (folder / "model" / name).write_bytes(content)
-    for name, ask, answer in (("train", "a", "b"), ("held", "b", "a")):
-        rows = [{"messages": [turn("user", ask, n), turn("assistant", answer, n)]} for n in range(1, 20)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def turn(role: str, word: str, times: int) -> dict[str, str]:
-    return {"role": role, "content": " ".join([word] * times)}
+    return write_inputs(tmp_path_factory.mktemp("files"))
 
 
 def spec(files: Path, context: int) -> dict[str, Any]:

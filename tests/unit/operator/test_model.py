@@ -12,16 +12,19 @@ from typing import Any
 import hub_stand_in
 import pytest
 from kube_objects import KubeObjects
-from model_files import model_folder
+from model_files import model_folder, write_model
 
 from fastserve.artifacts import attempts
 from fastserve.artifacts.stores import open_store
 from fastserve.cluster.kube.api import KubeApi
-from fastserve.cluster.kube.cluster import FINALIZER, KubeCluster
+from fastserve.cluster.kube.cluster import KubeCluster
+from fastserve.cluster.kube.finalizer import FINALIZER
 from fastserve.cluster.kube.gateway import KubeGateway
 from fastserve.cluster.kube.home import RETRY, KubeHome, asking
 from fastserve.cluster.kube.ray import GivenRay, RayClusterHead
 from fastserve.cluster.parts import Head
+from fastserve.cluster.ray_rest import RayRest
+from fastserve.errors import ClusterFailed
 from fastserve.gateway.config import Revision, Served, Target
 from fastserve.plan.keys import request_for, stage_keys
 from fastserve.plan.observed import Pin
@@ -39,9 +42,7 @@ ORDERS = f"{STATE}/fastserve-gateway"
 @pytest.fixture
 def source(tmp_path: Path) -> str:
     folder = tmp_path / "source"
-    folder.mkdir()
-    for name, content in model_folder().items():
-        (folder / name).write_bytes(content)
+    write_model(folder)
     return f"file://{folder}"
 
 
@@ -383,6 +384,26 @@ def test_a_profile_that_is_described_is_known(api: KubeApi, objects: KubeObjects
         "spec": {"cpus": 8, "memory": "64GiB", "accelerator": {"type": "H100", "count": 1, "memory": "80GiB"}},
     }
     objects.put(f"{PROFILES}/h100", profile)
-    wish_again = {**spec, "serve": {"profiles": ["h100"], "context": 512}}
+    wish_again = {**spec, "serve": {"profiles": ["h100"], "context": 32}}
     objects.put(f"{MODELS}/small", {"metadata": {"name": "small"}, "spec": wish_again})
     tend_until(tended, objects, "small", "ClusterFailed")  # accepted: it waits for a Ray cluster
+
+
+def test_many_models_ask_ray_for_its_machines_once_a_look(
+    api: KubeApi, objects: KubeObjects, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each one that is new or refused would wait for a head that does not answer, one after the other."""
+    asked: list[str] = []
+
+    def silent(rest: RayRest, method: str, path: str, **_: Any) -> Any:
+        asked.append(path)
+        raise ClusterFailed("it does not answer")
+
+    monkeypatch.setattr(RayRest, "call", silent)
+    for number in range(20):
+        wish(objects, f"m{number}", "file:///nowhere")
+    tended = namespace(api, tmp_path, GivenRay("http://ray", None, None, "python"))
+    tend_until(tended, objects, "m19", "SourceNotFound")
+    asked.clear()
+    tended.tend_models()
+    assert len(asked) <= 2, asked

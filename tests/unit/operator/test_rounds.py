@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from kube_objects import KubeObjects, served
-from model_files import model_folder
+from model_files import write_model
 
 from fastserve.cluster.kube.cluster import KubeCluster
 from fastserve.cluster.kube.gateway import KubeGateway
@@ -115,9 +115,7 @@ def test_a_source_that_never_answers_holds_up_no_other_model(
     silent: Silent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(acceptance, "SLOW_SECONDS", 0.5)
-    (tmp_path / "source").mkdir()
-    for name, content in model_folder().items():
-        (tmp_path / "source" / name).write_bytes(content)
+    write_model(tmp_path / "source")
     objects = KubeObjects()
     for number in range(5):
         wish(objects, "demo", f"a{number}", f"s3://bucket/{number}")

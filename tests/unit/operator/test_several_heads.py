@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_files import model_folder
+from model_files import write_model
 from several_heads import CLUSTERS, SECRETS, TEMPLATE, SeveralHeads, several_heads
 from small_cluster import Killed, Moments
 
@@ -90,9 +90,7 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
     folder = tmp_path / "source"
-    folder.mkdir()
-    for name, content in model_folder().items():
-        (folder / name).write_bytes(content)
+    write_model(folder)
     with several_heads(tmp_path / "cluster") as cluster:
         yield World(cluster, f"file://{folder}")
 
@@ -143,6 +141,21 @@ def test_a_head_that_does_not_come_up_hinders_only_its_own_model(world: World) -
     assert cluster.clusters("alone") == []
 
 
+def test_a_head_that_answers_what_nobody_understands_hinders_only_its_own_model(world: World) -> None:
+    cluster = world.cluster
+    world.apply("alone", cluster="dedicated")
+    world.served("alone")
+    (own,) = cluster.clusters("alone")
+    sound = cluster.rays[own].answer
+    cluster.rays[own].answer = lambda *_: (200, ["no jobs", "and nothing else that is known"])
+    world.apply("common")
+    world.served("common")
+    world.until(lambda: world.ready("alone")["reason"] == "ClusterFailed", "it says so")
+    assert "is not understood" in world.ready("alone")["message"]
+    cluster.rays[own].answer = sound
+    world.served("alone")
+
+
 @pytest.mark.parametrize("seed", [None, 1, 2])
 def test_a_model_moves_to_a_ray_cluster_of_its_own_and_back_without_a_gap(world: World, seed: int | None) -> None:
     cluster = world.cluster
@@ -153,7 +166,12 @@ def test_a_model_moves_to_a_ray_cluster_of_its_own_and_back_without_a_gap(world:
     world.always = ["chat"]
     world.restarts = None if seed is None else random.Random(seed)
     world.apply("chat", cluster="dedicated")
-    world.until(lambda: world.heads_of("chat") == set(cluster.clusters("chat")) != set(), "it has moved")
+
+    def moved() -> bool:
+        assert "model.chat" not in json.dumps(cluster.objects.objects[f"{MODELS}/chat"].get("status")), "a pool's name"
+        return world.heads_of("chat") == set(cluster.clusters("chat")) != set()
+
+    world.until(moved, "it has moved")
     (own,) = cluster.clusters("chat")
     assert [url.partition("/m/")[2] for url in cluster.targets("chat")] == [before], "the revision is the same"
     world.apply("chat", cluster="shared")
@@ -244,6 +262,76 @@ def test_without_room_for_the_next_one_the_old_one_serves_on(world: World) -> No
     cluster.held = set()
     world.until(lambda: world.heads_of("chat") == {new}, "it is served by the next one")
     world.served("chat")
+
+
+def waiting_pod(cluster: str) -> dict[str, Any]:
+    """A worker of a RayCluster that no node has room for."""
+    labels = {"ray.io/cluster": cluster, "ray.io/node-type": "worker", "ray.io/group": "local"}
+    said = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/2 nodes: no cpu"}
+    status = {"phase": "Pending", "conditions": [said]}
+    return {"metadata": {"name": f"{cluster}-w", "namespace": "demo", "labels": labels}, "status": status}
+
+
+def test_without_machines_for_the_next_one_the_model_says_so(world: World) -> None:
+    """Its head is up, so its RayCluster is as it should be; and the model answers, so it is Ready."""
+    cluster, place = world.cluster, "/api/v1/namespaces/demo/pods"
+    world.apply("chat")
+    world.served("chat")
+    (old,) = cluster.clusters()
+    world.always = ["chat"]
+    cluster.chart(image="two")
+    attempted(world.tended.tend)
+    (new,) = set(cluster.clusters()) - {old}
+    cluster.crowded = {new}
+    cluster.objects.put(f"{place}/{new}-w", waiting_pod(new))
+
+    def told() -> str:
+        conditions = cluster.objects.objects[f"{MODELS}/chat"]["status"]["conditions"]
+        return str(next(item["message"] for item in conditions if item["type"] == "Serve"))
+
+    world.until(lambda: "no cpu" in told(), "it says what it waits for")
+    assert f"It moves to RayCluster {new}" in told()
+    assert told().rpartition("It moves")[2] in cluster.objects.objects[f"{MODELS}/chat"]["status"]["why"][-1]
+    assert world.ready("chat")["status"] == "True"
+    cluster.crowded = set()
+    cluster.objects.delete(f"{place}/{new}-w")
+    world.until(lambda: world.heads_of("chat") == {new}, "it has moved")
+    world.until(lambda: "It moves" not in told(), "it says no more")
+
+
+def test_a_ray_cluster_that_cannot_be_made_is_told_by_the_model_that_moves_there(world: World) -> None:
+    cluster = world.cluster
+    world.apply("chat")
+    world.served("chat")
+    world.always = ["chat"]
+    cluster.objects.put(f"{SECRETS}/chat-ray-token", {"metadata": {"name": "chat-ray-token", "namespace": "demo"}})
+    world.apply("chat", cluster="dedicated")
+
+    def told() -> list[str]:
+        return list(cluster.objects.objects[f"{MODELS}/chat"].get("status", {}).get("why", []))
+
+    world.until(lambda: any("Secret chat-ray-token is there" in why for why in told()), "it says what is in the way")
+    cluster.objects.delete(f"{SECRETS}/chat-ray-token")
+    world.until(lambda: world.heads_of("chat") == set(cluster.clusters("chat")) != set(), "it moves all the same")
+
+
+def test_a_model_that_moves_again_soon_gives_its_first_machines_to_its_last_place(world: World) -> None:
+    """There are machines for two places of it, and it has both when a third one is wanted."""
+    cluster = world.cluster
+    world.apply("chat")
+    world.served("chat")
+    (first,) = cluster.clusters()
+    world.always = ["chat"]
+    cluster.chart(image="two")
+    world.until(lambda: len(cluster.clusters()) == 2, "the second one is made")
+    (second,) = set(cluster.clusters()) - {first}
+    world.until(lambda: all(second in url for url in cluster.targets("chat")), "requests go to the second one")
+    world.apply("chat", cluster="dedicated")
+    world.until(lambda: cluster.clusters("chat"), "the third one is made")
+    cluster.crowded = set(cluster.clusters("chat"))
+    world.until(lambda: first not in cluster.clusters(), "the first one is given up")
+    cluster.crowded = set()
+    world.until(lambda: world.heads_of("chat") == set(cluster.clusters("chat")), "it has moved")
 
 
 def test_a_job_that_runs_is_waited_for(world: World) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from typing import Any
 
 from api_server import Resource
@@ -12,7 +14,7 @@ from fastserve.plan.moves import Done, Wait
 from fastserve.spec import status as schemas
 from fastserve.spec.crd import crds
 from fastserve_operator.conditions import Trouble
-from fastserve_operator.story import pruned, same, status_of_object
+from fastserve_operator.story import moving_to, pruned, same, status_of_object
 
 NOW = "2027-01-02T03:04:05Z"
 SCHEMA = crds()["models"]["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
@@ -47,6 +49,7 @@ def story(**more: Any) -> dict[str, Any]:
             {"digest": DIGEST, "state": "ready", "weight": 100, "replicas": 2, "message": "", "unknown": 1},
             {"digest": "b" * 64, "state": "starting", "weight": 0, "replicas": 0, "message": ""},
         ],
+        "adapters": [{"name": "de", "state": "serving", "digest": DIGEST, "rank": 8, "revisions": [DIGEST]}],
         "pin": None,
         "url": "http://gateway/v1",
         "conditions": [{"type": "Ready", "status": "True", "reason": "Ready", "message": "It serves."}],
@@ -99,19 +102,24 @@ def test_the_same_story_is_told_once() -> None:
     assert not same(first, None)
 
 
+texts = st.text(st.characters(exclude_categories=()), max_size=3)
+"""Halves of letters too: the name of a file may hold them."""
+
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
 
 
-@given(metrics=st.dictionaries(st.text(min_size=1, max_size=4), values, max_size=4))
+@given(metrics=st.dictionaries(texts, values, max_size=4))
 def test_what_is_kept_once_is_kept_again(metrics: dict[str, Any]) -> None:
     """Otherwise every look would write: the server would hold something else than was sent."""
     schema = schemas.of_model()
     once = pruned(schema, {"stages": {"train": {"state": "committed", "metrics": metrics, "odd": 1}}, "odd": 2})
     assert pruned(schema, once) == once
+    assert json.loads(json.dumps(once).encode().decode()) == once
+    json.dumps(once, ensure_ascii=False).encode()  # all of it are letters
     assert "odd" not in once
 
 
@@ -126,6 +134,24 @@ def reasons(pods: list[PodTrouble], trouble: Trouble | None = None, **more: Any)
     waits = {"type": "Ready", "status": "False", "reason": "Working", "message": "It is trained."}
     status = status_of_object(model, story(**{"conditions": [waits], **more}), [], trouble, NOW, pods=pods)
     return {item["type"]: item["reason"] for item in status["conditions"]}
+
+
+def test_a_move_and_what_it_waits_for_stand_in_the_condition_serve_alone() -> None:
+    sentence = moving_to("new", "", {"spec": {"serve": {"profiles": ["l4"]}}}, [HEAD, replace(L4, cluster="new")])
+    assert sentence == (
+        "It moves to RayCluster new and is served where it is until it answers there; that waits: "
+        "pod w of profile l4: no room; add one"
+    )
+    status = status_of_object(found(), story(), [], None, NOW, moving=sentence)
+    told = {item["type"]: item["message"] for item in status["conditions"]}
+    assert told["Serve"] == f"Revision {DIGEST[:8]} answers. {sentence}"
+    assert [kind for kind, message in told.items() if sentence in message] == ["Serve"]
+    assert status["why"] == ["It serves.", sentence]
+    down = [{"digest": DIGEST, "state": "starting", "weight": 0, "replicas": 0, "message": ""}]
+    silent = status_of_object(found(), story(revisions=down), [], None, NOW, moving=sentence)
+    assert sentence not in str(silent)
+    assert "waits" not in moving_to("new", "", found(), [HEAD])
+    assert "taken away" in moving_to("", "the Secret was taken away", found(), [])
 
 
 def test_what_a_pod_says_stands_in_the_condition_that_waits_for_it() -> None:

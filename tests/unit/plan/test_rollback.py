@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +36,20 @@ def test_the_one_before_is_the_next_older_one(known: list[str], data: st.DataObj
                 rollback_target("m", seen({serving: 100}), known, serving, word)
         else:
             assert rollback_target("m", seen({serving: 100}), known, serving, word) == known[at - 1]
+
+
+@given(DIGESTS, st.data())
+def test_the_one_before_has_had_all_the_traffic_where_any_has(known: list[str], data: st.DataObject) -> None:
+    """Between two good ones may stand one that never came up, or was rolled back."""
+    serving = data.draw(st.sampled_from(known))
+    before = known[: known.index(serving)]
+    proven = data.draw(st.sets(st.sampled_from(known)))
+    revisions = {digest: {"proven": True} if digest in proven else {} for digest in known}
+    observed = replace(seen({serving: 100}), known_revisions=revisions)
+    if not before:
+        return
+    good = [digest for digest in before if digest in proven]
+    assert rollback_target("m", observed, known, serving, None) == (good or before)[-1]
 
 
 @given(DIGESTS.filter(lambda known: len(known) > 1), st.integers(1, 99))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastserve.telemetry import curve
 
@@ -95,3 +97,31 @@ def test_the_picture_is_a_light_png(tmp_path: Path, every: int) -> None:
 def test_no_picture_of_nothing(tmp_path: Path) -> None:
     assert not curve.write_picture([], tmp_path / "curve.png", "m")
     assert not (tmp_path / "curve.png").exists()
+
+
+finite = st.floats(1e-6, 1e6)
+SAID = st.lists(
+    st.tuples(st.integers(0, 10**9), finite, st.none() | finite), max_size=30, unique_by=lambda item: item[0]
+)
+
+
+@given(
+    SAID, st.text(alphabet=st.characters(exclude_characters="\n\r", exclude_categories=("Zl", "Zp", "Cc")), max_size=40)
+)
+def test_what_a_log_says_of_the_curve_is_heard_again(said: list[tuple[int, float, float | None]], noise: str) -> None:
+    lines, wanted = [], []
+    for step, loss, validation in said:
+        row = {"step": step, "loss": loss, **({} if validation is None else {"validationLoss": validation})}
+        lines += [f"2027-01-02 03:04:05,678 INFO fastserve.stages.train.news: {curve.told(row, 10**9)}", f"({noise})"]
+        wanted.append(row)
+    heard = curve.heard("\n".join(lines))
+    assert [row["step"] for row in heard] == sorted(row["step"] for row in wanted)
+    for row, again in zip(sorted(wanted, key=lambda row: row["step"]), heard, strict=True):
+        assert again.keys() == row.keys()
+        assert all(again[key] == pytest.approx(row[key], rel=1e-5) for key in row)
+
+
+def test_the_last_word_on_a_step_counts_and_what_is_no_number_is_left_out() -> None:
+    log = "step 3 of 9: loss 4.5\nstep 2 of 9: loss nan\nstep 3 of 9: loss 4.25, validation loss 5\nstep 4 of 9: loss x"
+    assert curve.heard(log) == [{"step": 2, "loss": None}, {"step": 3, "loss": 4.25, "validationLoss": 5.0}]
+    assert curve.heard("") == []

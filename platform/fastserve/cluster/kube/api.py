@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,7 @@ from urllib.parse import quote, urlencode
 
 import urllib3
 from kubernetes import client, config
+from kubernetes.client import rest
 from kubernetes.client.exceptions import ApiException
 
 from fastserve.errors import ClusterFailed, ManifestInvalid, Problem, StateChanged
@@ -29,9 +31,24 @@ MANAGER = "fastserve"
 PAGE = 500
 ANSWER_SECONDS = 30.0
 CONNECT_SECONDS = 10.0
+WATCH_SECONDS = 300
+"""After so long the API server ends a watch, and it is asked for anew."""
+
+CONNECTIONS = 100
+"""That are kept open: each namespace is looked at by threads of its own, and a new one costs a handshake."""
+
 ASKED_AGAIN = "it is asked again"
 
 Object = dict[str, Any]
+
+
+class KindUnknown(ClusterFailed):
+    """The cluster has no definition of a kind of object, so there is none of that kind."""
+
+    @property
+    def reason(self) -> str:
+        """As of the others: what a person sees is a cluster that lacks something."""
+        return ClusterFailed.__name__
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +105,7 @@ class KubeApi:
         except config.ConfigException as error:
             raise ClusterFailed(f"no Kubernetes cluster is configured ({error}); set KUBECONFIG") from error
         configuration.retries = False
+        configuration.connection_pool_maxsize = CONNECTIONS
         return cls(client.ApiClient(configuration))
 
     def acting_only_while(self, acts: Callable[[], bool]) -> Self:
@@ -107,17 +125,58 @@ class KubeApi:
         status, answer = self._call("GET", resource.path(namespace, name))
         return None if status == 404 else self._good(status, answer, f"read {resource.kind} {name}")
 
-    def list(self, resource: Resource, namespace: str | None, labels: str = "") -> list[Object]:
-        """Every object, page by page. namespace None: of all namespaces. labels: a label selector."""
-        query: dict[str, Any] = {"limit": PAGE, **({"labelSelector": labels} if labels else {})}
-        found: list[Object] = []
+    def list(self, resource: Resource, namespace: str | None, labels: str = "", fields: str = "") -> list[Object]:
+        """Every object, page by page. namespace None: of all namespaces. labels, fields: selectors."""
+        return [item for page, _ in self.pages(resource, namespace, labels, fields) for item in page]
+
+    def pages(
+        self, resource: Resource, namespace: str | None, labels: str = "", fields: str = ""
+    ) -> Iterator[tuple[Sequence[Object], str]]:
+        """As `list`, a page at a time, each with the resourceVersion at which the whole list was true."""
+        query: dict[str, Any] = {"limit": PAGE, **_selectors(labels, fields)}
         while True:
             status, answer = self._call("GET", resource.path(namespace), query=query)
             page = self._good(status, answer, f"list {resource.plural}")
-            found += [{"apiVersion": resource.api_version, "kind": resource.kind, **item} for item in page["items"]]
-            if not page.get("metadata", {}).get("continue"):
-                return found
-            query["continue"] = page["metadata"]["continue"]
+            metadata = page.get("metadata") or {}
+            items = [{"apiVersion": resource.api_version, "kind": resource.kind, **item} for item in page["items"]]
+            yield items, str(metadata.get("resourceVersion", ""))
+            if not metadata.get("continue"):
+                return
+            query["continue"] = metadata["continue"]
+
+    def watch(
+        self, resource: Resource, namespace: str | None, version: str, labels: str = "", silent_seconds: float = 100.0
+    ) -> Iterator[Object]:
+        """What changes after a resourceVersion, as it comes: each with its `type` and its `object`, bookmarks too.
+
+        Returns when the API server has taken it up; what is returned ends when the server ends it. silent_seconds: a
+        watch that brings nothing for so long, no bookmark either, is broken. Raises ClusterFailed when it is refused,
+        or breaks.
+        """
+        query = {"watch": "true", "resourceVersion": version, "allowWatchBookmarks": "true", **_selectors(labels, "")}
+        query["timeoutSeconds"] = str(WATCH_SECONDS)
+        with self._answering():
+            response = self._asked("GET", resource.path(namespace), None, query, "application/json", silent_seconds)
+        if response.status == 410:  # as the server otherwise says it in the first thing that comes
+            response.read()  # type: ignore[no-untyped-call]
+            return iter([{"type": "ERROR", "object": {"code": 410}}])
+        if response.status != 200:
+            with self._answering():
+                status, answer = _decoded(response)
+            self._good(status, answer, f"watch {resource.plural}")
+        return self._lines(response)
+
+    def _lines(self, response: rest.RESTResponse) -> Iterator[Object]:
+        try:
+            with self._answering():
+                for line in response.response:
+                    if line.strip():
+                        yield json.loads(line)
+        except ValueError as error:
+            raise ClusterFailed(f"a watch of the Kubernetes API server brought half a line; {self._advice}") from error
+        finally:
+            response.response.close()  # it may be in the middle: nobody else may go on with it
+            response.response.release_conn()
 
     def create(self, resource: Resource, value: Mapping[str, Any]) -> Object:
         """Make an object. Raises StateChanged when there is one of that name."""
@@ -217,31 +276,49 @@ class KubeApi:
     def _send(
         self, method: str, path: str, body: Mapping[str, Any] | None, query: Mapping[str, Any] | None, content: str
     ) -> tuple[int, Object]:
-        headers = {"Accept": "application/json", "Content-Type": content}
+        with self._answering():
+            return _decoded(self._asked(method, path, body, query, content, ANSWER_SECONDS))
+
+    def _asked(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        query: Mapping[str, Any] | None,
+        content: str,
+        answer_seconds: float,
+    ) -> rest.RESTResponse:
         asked = self._client.param_serialize(
             method=method,
             resource_path=path + (f"?{urlencode(query)}" if query else ""),
-            header_params=headers,
+            header_params={"Accept": "application/json", "Content-Type": content},
             body=body,
             auth_settings=["BearerToken"],
         )
+        return self._client.call_api(*asked, _request_timeout=(CONNECT_SECONDS, answer_seconds))
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Say in our words that the API server does not answer."""
         try:
-            response = self._client.call_api(*asked, _request_timeout=(CONNECT_SECONDS, ANSWER_SECONDS))
-            raw = response.read()  # type: ignore[no-untyped-call]
+            yield
         except (urllib3.exceptions.HTTPError, ApiException, OSError) as error:
             raise ClusterFailed(f"the Kubernetes API server does not answer ({error}); {self._advice}") from error
-        try:
-            return response.status, json.loads(raw)
-        except ValueError:
-            return response.status, {"message": raw[:300].decode(errors="replace")}
 
     def _good(self, status: int, answer: Object, what: str) -> Object:
         if status == 409:
             raise StateChanged(f"could not {what}: {answer.get('message', 'conflict')}; the next look decides again")
         if status in (401, 403):
             raise ClusterFailed(_refused(status, answer, what))
+        told = str(answer.get("message", "")).strip()
+        if status == 404 and ("page not found" in told or "could not find the requested resource" in told):
+            owner = "KubeRay" if "raycluster" in what.lower() else "FastServe"
+            raise KindUnknown(
+                f"the cluster cannot {what}: it knows no such kind, so {owner} is not installed there; "
+                "install its chart first"
+            )
         if not 200 <= status < 300:
-            raise ClusterFailed(f"the Kubernetes API server would not {what} ({status}: {answer.get('message', '')})")
+            raise ClusterFailed(f"the Kubernetes API server would not {what} ({status}: {told})")
         return answer
 
 
@@ -251,6 +328,19 @@ def _refused(status: int, answer: Object, what: str) -> str:
     if status == 401:
         return f"the Kubernetes API server does not know you, so you may not {what} (401: {said}); sign in again"
     return f"you may not {what} (403: {said}); ask for a Role with that verb on that resource"
+
+
+def _decoded(response: rest.RESTResponse) -> tuple[int, Object]:
+    """Status and body of an answer, read to its end."""
+    raw = response.read()  # type: ignore[no-untyped-call]
+    try:
+        return response.status, json.loads(raw)
+    except ValueError:
+        return response.status, {"message": raw[:300].decode(errors="replace")}
+
+
+def _selectors(labels: str, fields: str) -> dict[str, str]:
+    return {key: said for key, said in (("labelSelector", labels), ("fieldSelector", fields)) if said}
 
 
 def owner_reference(resource: Resource, owner: Mapping[str, Any]) -> Object:

@@ -13,33 +13,35 @@ from typing import Any
 
 from fastserve.cluster.access import key_of
 from fastserve.cluster.known_records import KnownRecords
-from fastserve.cluster.kube.api import MODELS, KubeApi, Object
+from fastserve.cluster.kube.api import KubeApi, Object
+from fastserve.cluster.kube.finalizer import hold, is_held, release
 from fastserve.cluster.kube.gateway import PORT, KubeGateway
 from fastserve.cluster.kube.heads import SHARED, Heads, NamedHead, OneHead, own_pool, pool_of
 from fastserve.cluster.kube.home import KubeHome
 from fastserve.cluster.kube.ray import RayClusterHead
 from fastserve.cluster.kube.sights import Sights
+from fastserve.cluster.live import live_revisions
 from fastserve.cluster.local import Beat, LocalCluster
 from fastserve.cluster.nodes import machines, profiles_of, with_promised
-from fastserve.cluster.observe import observe
-from fastserve.cluster.parts import Head
+from fastserve.cluster.observe import running_attempts, submission_id
+from fastserve.cluster.parts import Endpoint, Head
 from fastserve.cluster.placements import targets_of
-from fastserve.cluster.ray_jobs import Job
+from fastserve.cluster.ray_jobs import Job, JobState
 from fastserve.cluster.ray_serve import AppStatus, revision_name
-from fastserve.errors import FastServeError, StateChanged
+from fastserve.errors import FastServeError, StoreFailed
 from fastserve.gateway import config as gateway_config
 from fastserve.gateway.config import Key
 from fastserve.plan.facts import LOCAL
 from fastserve.plan.moves import StopAttempt
 from fastserve.plan.moving import Stay
-from fastserve.plan.observed import AttemptState
+from fastserve.plan.stages import StageRequest
 from fastserve.spec.model import Model
-
-FINALIZER = "fastserve.dev/runs"
-"""Stands on a Model from before its first stage starts until nothing of it runs any more."""
 
 SILENT_SECONDS = 60.0
 """A head whose work has another place by now, and that has not answered for so long, is given up."""
+
+LOST_SECONDS = 300.0
+"""A head that has not answered for so long, and whose pod KubeRay does not call ready, is gone with what ran there."""
 
 
 class KubeCluster(LocalCluster):
@@ -69,9 +71,13 @@ class KubeCluster(LocalCluster):
         self._stays: dict[str, Stay] = {}
         """Where each wanted revision shall be, by its name."""
 
+        self._routed: dict[str, set[str]] = {}
+        """Heads that the requests of each model go to."""
+
         self._served: dict[str, frozenset[str]] = {}
         """What each head was last told to serve."""
 
+        self._there: set[str] | FastServeError | None = None
         self._told: set[str] = set()
         self._unreadable: set[str] = set()
         """Models whose orders could not be found out at the last look."""
@@ -98,14 +104,20 @@ class KubeCluster(LocalCluster):
 
         A head that does not answer hinders nobody but its own models: `look` raises for those.
         """
+        self._there = None
         self._gateway.admit(self.keys())
-        self._heads.look(self._dedicated())
-        self.see()
+        self.look_at_heads()
         self._serve_everywhere(again=True)
         self.keep_gateway()
         self._leave_heads()
         self._tell_rolling()
+        self._forget_gone()
         return self.jobs()
+
+    def look_at_heads(self) -> None:
+        """Find the heads, and see what each has. Raises ClusterFailed when it is not known which there are."""
+        self._heads.look(self._dedicated())
+        self.see()
 
     def look(self, name: str, jobs: Mapping[str, Job] | None = None) -> Beat:
         """As on a laptop. Raises ClusterFailed when the model's head does not answer."""
@@ -128,32 +140,51 @@ class KubeCluster(LocalCluster):
     def there(self) -> set[str]:
         """Profiles that the Ray clusters have machines of, or would have when they are asked for; `local` where a
         machine is of no profile. Without a Ray cluster every profile that is described: what is not known refuses
-        nobody."""
+        nobody. It is found out once a look, however many models ask."""
+        if self._there is None:
+            try:
+                self._there = self._find_profiles()
+            except FastServeError as error:
+                self._there = error
+        if isinstance(self._there, FastServeError):
+            raise self._there
+        return self._there
+
+    def _find_profiles(self) -> set[str]:
         found: set[str] = set()
         trouble: FastServeError | None = None
         for named in self._heads.all():
             try:
-                endpoint = named.head.load()
-                if endpoint is None:
-                    continue
-                those = with_promised(machines(endpoint.dashboard_url, endpoint.token), endpoint.promised)
+                endpoint = None if self._sights.trouble(named.name) else named.head.load()
+                those = [] if endpoint is None else machines(endpoint.dashboard_url, endpoint.token)
             except FastServeError as error:
                 trouble = error
                 continue
+            trouble = trouble or self._sights.trouble(named.name)
+            those = those if endpoint is None else with_promised(those, endpoint.promised)
             found |= profiles_of(those)
             if any(not machine.profile and machine.cpus >= 1 for machine in those):
                 found.add(LOCAL)
-        if found:
-            return found
-        if trouble is not None:
+        if trouble is not None and not found:
             raise trouble
-        return {LOCAL, *self.kube_home.described}
+        return found or {LOCAL, *self.kube_home.described}
 
     def ray_clusters_of(self, name: str) -> set[str]:
         """Names of the RayClusters that a model's work may be at."""
         pool = self._pool(name)
         mine = [named for named in self._heads.all() if named.pool == pool]
         return {named.head.cluster_name if isinstance(named.head, RayClusterHead) else named.name for named in mine}
+
+    def moves_to(self, name: str) -> tuple[str, str] | None:
+        """The RayCluster that a model is on its way to, while its requests go to another one. An empty name, and why,
+        when that one cannot be made; None where it is where it belongs."""
+        target = self._heads.next_of(self._pool(name))
+        return target if target is not None and self._routed.get(name, set()) - {target[0]} else None
+
+    def _submit(self, endpoint: Endpoint, request: StageRequest, entrypoint: str) -> None:
+        super()._submit(endpoint, request, entrypoint)
+        submission = submission_id(request.model, request.stage, request.key, request.attempt)
+        self._sights.begun(self._named_head(request.model).name, Job(submission, JobState.PENDING))
 
     def require_lead(self) -> None:
         """Before Ray is told anything: the lease may have been lost since the look."""
@@ -207,14 +238,16 @@ class KubeCluster(LocalCluster):
         return pool_of(model)
 
     def _named_head(self, name: str) -> NamedHead:
-        """A model's head. While its own is still to come up, the one that it serves at."""
+        """A model's head. While its own is still to come up, the one that it serves at: of several the one that its
+        requests go to, else the newest."""
         wanted = self._heads.of(self._pool(name))
         if wanted.is_up or not self._sights.serves:
             return wanted
         mine = [revision for revision in self.home.serving().values() if revision.model == name]
         others = [head for head in self._heads.all() if head.name != wanted.name]
         answering = [head for head in others if any(self._sights.answers(head.name, item) for item in mine)]
-        return answering[0] if answering else wanted
+        routed = {self._sights.routed(item) for item in mine}
+        return max(reversed(answering), key=lambda head: head.name in routed, default=wanted)
 
     def _keep_serving(self, without: Collection[str] = ()) -> None:
         self._serve_everywhere(without)
@@ -222,10 +255,11 @@ class KubeCluster(LocalCluster):
     def _serve_everywhere(self, without: Collection[str] = (), again: bool = False) -> None:
         """Make each head serve what it shall. again: also a head whose part is the same as last time."""
         wanted = self._wanted_revisions()
-        self._stays = {}
+        self._stays, self._routed = {}, {}
         for name, revision in wanted.items():
             target = self._named_head(revision.model).name
             self._stays[name] = self._sights.stay(name, revision, target)
+            self._routed.setdefault(revision.model, set()).add(self._stays[name].routed)
         for named in self._heads.all():
             mine = {name: item for name, item in wanted.items() if named.name in self._stays[name].heads}
             if not (again or without) and self._served.get(named.name) == frozenset(mine):
@@ -289,6 +323,15 @@ class KubeCluster(LocalCluster):
                 self.require_lead()
                 self._heads.end(named)
 
+    def _forget_gone(self) -> None:
+        """Keep nothing in memory of models, revisions and heads that are gone: they come and go for months."""
+        self._records.keep_only(self.home.model_names())
+        self._sights.keep_only(self._stays)
+        heads = {named.name for named in self._heads.all()}
+        self._served = {head: names for head, names in self._served.items() if head in heads}
+        urls = self._sights.dashboards()
+        self._last_put = {url: apps for url, apps in self._last_put.items() if url in urls}
+
     def _tell_rolling(self) -> None:
         for name, sentence in self._heads.rolling().items():
             if sentence not in self._told:
@@ -299,35 +342,48 @@ class KubeCluster(LocalCluster):
 
     def hold(self, found: Object) -> None:
         """Put our finalizer on a Model, so that it cannot go while something of it runs."""
-        self._set_finalizers(found, sorted({*_finalizers(found), FINALIZER}))
+        hold(self._api, found)
 
-    def end(self, found: Object, jobs: Mapping[str, Job]) -> str | None:
+    def end(self, found: Object) -> str | None:
         """Stop what runs of a Model that was let go, and take the finalizer off when nothing does. Returns what is
-        still waited for; None when it may go. Its artifacts stay."""
-        if FINALIZER not in _finalizers(found):
+        still waited for; None when it may go. Its artifacts stay.
+
+        What runs is told by the heads alone: a store that is away, or a state that went first, as it does when the
+        Model is deleted in the foreground, holds nothing up and leaves nothing running.
+        """
+        if not is_held(found):
             return None
         name = found["metadata"]["name"]
+        jobs, apps = self._sights.without(self._lost_heads(name))
+        running = running_attempts(name, jobs)
+        for key, attempt in running:
+            because = f"{name} was deleted, so nobody wants it."
+            self._stop_attempt(name, StopAttempt(because=because, key=key, attempt=attempt))
+        if running:
+            return f"attempt {running[0][1]} at key {running[0][0][:8]} to stop"
+        model = self.home.ended(name)
+        revisions = () if model is None else live_revisions(self.home, model, apps)
+        if revisions:
+            return f"revision {revisions[0].digest[:8]} to drain"
+        try:
+            self.discard_torn(name, jobs)
+        except StoreFailed as error:
+            self._say(f"What a cut-off attempt of {name} left in the store stays there: {error}")
+        release(self._api, found)
+        return None
+
+    def _lost_heads(self, name: str) -> set[str]:
+        """Heads that are gone for good, so that nothing of a model can run there. Raises ClusterFailed when one that
+        it may run at does not answer and may come again."""
+        lost = set()
         for named in self._heads.all():
             trouble = self._sights.trouble(named.name)
-            if trouble is not None and named.was_up and named.pool in (SHARED, own_pool(name)):
+            if trouble is None or not named.was_up or named.pool not in (SHARED, own_pool(name)):
+                continue
+            if named.is_up or self._sights.silent_seconds(named.name) < LOST_SECONDS:
                 raise trouble
-        model = self.home.ended(name)
-        if model is not None:
-            observed = observe(self.home, self.store, model, jobs, self.apps())
-            running = [
-                StopAttempt(because=f"{name} was deleted, so nobody wants it.", key=key, attempt=attempt.number)
-                for key, attempt in sorted(observed.attempts.items())
-                if attempt.state is AttemptState.RUNNING and attempt.model == name
-            ]
-            for move in running:
-                self.apply(model, observed, move)
-            if running:
-                return f"attempt {running[0].attempt} at key {running[0].key[:8]} to stop"
-            if observed.revisions:
-                return f"revision {observed.revisions[0].digest[:8]} to drain"
-        self.discard_torn(name)
-        self._set_finalizers(found, [item for item in _finalizers(found) if item != FINALIZER])
-        return None
+            lost.add(named.name)
+        return lost
 
     def let_go(self, name: str) -> None:
         """Want a Model no longer: no traffic goes to it, and Serve need not have it. Its revisions drain."""
@@ -340,25 +396,3 @@ class KubeCluster(LocalCluster):
         if mine:
             self.keep_gateway()
             self._keep_serving()
-
-    def _set_finalizers(self, found: Object, wanted: list[str]) -> None:
-        if wanted == _finalizers(found):
-            return
-        namespace, name = found["metadata"]["namespace"], found["metadata"]["name"]
-        # Somebody may annotate it all the time: what counts is that it is still the object of this look.
-        fresh = self._api.get(MODELS, namespace, name)
-        if fresh is None or _marks(fresh) != _marks(found):
-            raise StateChanged(f"Model {name} has changed; the next look decides again")
-        patch = {"metadata": {"finalizers": wanted}}
-        changed = self._api.merge(MODELS, namespace, name, patch, fresh["metadata"]["resourceVersion"])
-        found["metadata"] = changed["metadata"]
-
-
-def _finalizers(found: Object) -> list[str]:
-    return list(found["metadata"].get("finalizers") or ())
-
-
-def _marks(found: Object) -> tuple[Any, ...]:
-    """What must not have changed when our finalizer is put on or taken off."""
-    metadata = found["metadata"]
-    return metadata["uid"], metadata["generation"], bool(metadata.get("deletionTimestamp")), _finalizers(found)

@@ -84,6 +84,9 @@ class Door:
                 f"{told}; look at what it says there, then take it over with "
                 f"`{self.kubectl} apply --server-side --force-conflicts --field-manager=fastserve -f FILE`"
             ) from error
+        except ClusterFailed:
+            self.models.require_namespace()
+            raise
 
     def ask_rollback(self, name: str, revision: str | None) -> str:
         """Ask for an earlier revision. Returns the value of the annotation, which the status repeats when it is

@@ -75,6 +75,8 @@ class KubeGateway:
         self._clock = clock
         self._tokens: dict[str, tuple[str, float]] = {}
         self._lock = threading.RLock()
+        self._routed: Mapping[str, gateway_config.Served] = {}
+        """The models as they were routed last; for a ConfigMap that somebody removes."""
 
     @property
     def url(self) -> str | None:
@@ -109,6 +111,7 @@ class KubeGateway:
             admin_sha256=_sha256(self._token(ADMIN)),
             orders_sha256=_sha256(self._token(ORDERS)),
         )
+        self._routed = wanted.models
         if found is None:
             text = _text(wanted, 0)
             self._api.create(CONFIG_MAPS, {"metadata": self._metadata(NAME), "data": {CONFIG_KEY: text}})
@@ -132,20 +135,21 @@ class KubeGateway:
 
     def admit(self, keys: tuple[gateway_config.Key, ...]) -> None:
         """Change who may ask and nothing else, so that a key that is taken away opens nothing even while Ray is away.
-        Without orders yet, the first ones are written: a gateway that nothing is served by."""
+        Without orders yet, the first ones are written: a gateway that nothing is served by. Orders that somebody
+        removed are written anew as they were."""
         with self._lock:
             found = self._api.get(CONFIG_MAPS, self._namespace, NAME)
             before = _orders(found)
             if before is not None:  # else they are replaced whole when Ray is there
-                self._configure(found, before.models, keys, PORT)
+                self._configure(found, self._routed if found is None else before.models, keys, PORT)
 
     def orders(self) -> Mapping[str, gateway_config.Served]:
-        """The models as the orders that are there route them; empty when there are none that can be read."""
+        """The models as the orders that are there route them; where none can be read, as they were routed last."""
         found = self._api.get(CONFIG_MAPS, self._namespace, NAME)
         try:
-            return gateway_config.parse(json.loads(found["data"][CONFIG_KEY])).models if found else {}
+            return gateway_config.parse(json.loads(found["data"][CONFIG_KEY])).models if found else self._routed
         except (UsageInvalid, ValueError, KeyError, TypeError):
-            return {}
+            return self._routed
 
     def stats(self, since: float) -> dict[str, Any] | None:
         """What all gateways have counted since that Unix second; None while none of them answers."""
@@ -204,6 +208,12 @@ class KubeGateway:
 
 def _sha256(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
+
+
+def is_empty(found: Object) -> bool:
+    """Whether a gateway's ConfigMap lets nobody in and routes nothing."""
+    orders = _orders(found)
+    return orders is not None and not orders.models and not orders.keys
 
 
 def _orders(found: Object | None) -> gateway_config.Config | None:

@@ -87,6 +87,11 @@ class Heads(ABC):
     def end(self, head: NamedHead) -> None:
         """Give up a head that nothing runs at."""
 
+    def next_of(self, pool: str) -> tuple[str, str] | None:
+        """Name of the head that a pool's work shall be at in the end, up or not; empty where it cannot be made, and
+        then why. None where nothing is known of it."""
+        return self.of(pool).name, ""
+
     def rolling(self) -> Mapping[str, str]:
         """A sentence for each head that works on while its successor is not up yet, by name."""
         return {}

@@ -41,6 +41,9 @@ from fastserve.spec.model import Model
 RETRY = "fastserve.dev/retry"
 """Annotation of a Model; a new value asks again for stages that have failed."""
 
+STATES = f"{MANAGED_BY}={MANAGER},fastserve.dev/model"
+"""Label selector of the ConfigMaps."""
+
 ACCEPTED = "accepted.json"
 ROLLBACK_FILE = "rollback.json"
 SLASH = "__"
@@ -71,7 +74,7 @@ class KubeHome(Home):
         and of what was written since."""
         found = self._api.list(MODELS, self.namespace) if models is None else models
         self._models = {item["metadata"]["name"]: item for item in found}
-        states = self._api.list(CONFIG_MAPS, self.namespace, labels=f"{MANAGED_BY}={MANAGER},fastserve.dev/model")
+        states = self._api.list(CONFIG_MAPS, self.namespace, labels=STATES)
         self._states, self._up = {}, None
         self.damaged = {}
         for state in states:
@@ -81,6 +84,8 @@ class KubeHome(Home):
                 self._states[model] = state
         for name in self._states:
             self.model(name)
+        for name in self._read_ones.keys() - self._states.keys():
+            del self._read_ones[name]
         return list(found)
 
     @property
@@ -293,7 +298,12 @@ class KubeHome(Home):
             return self._api.create(CONFIG_MAPS, {"metadata": metadata, "data": data})
         except StateChanged:
             there = self._api.get(CONFIG_MAPS, self.namespace, metadata["name"])
-            if there is None or is_ours(there, owner["metadata"]["uid"]):
+            if there is not None and is_ours(there, owner["metadata"]["uid"]):
+                # Who took a label off hid it from every look.
+                labels, version = {"metadata": {"labels": metadata["labels"]}}, there["metadata"]["resourceVersion"]
+                self._api.merge(CONFIG_MAPS, self.namespace, metadata["name"], labels, version)
+                raise
+            if there is None:
                 raise
             raise NameConflict(
                 f"the ConfigMap {metadata['name']} is there and was not made for this Model; it is left alone: "

@@ -21,7 +21,10 @@ MADE_SECONDS = 120.0
 
 
 def list_keys(door: Door) -> list[dict[str, Any]]:
-    """What each key may do, and its Secret; no key, no digest."""
+    """What each key may do, and its Secret; no key, no digest. Raises UsageInvalid when there is no such namespace."""
+    found = door.api.list(ACCESS_KEYS, door.namespace)
+    if not found:
+        door.models.require_namespace()
     return [
         {
             "name": item["metadata"]["name"],
@@ -29,7 +32,7 @@ def list_keys(door: Door) -> list[dict[str, Any]]:
             "expires": item["spec"].get("expires"),
             "secret": (item.get("status") or {}).get("secret"),
         }
-        for item in door.api.list(ACCESS_KEYS, door.namespace)
+        for item in found
     ]
 
 
@@ -48,6 +51,9 @@ def create_key(door: Door, name: str, models: Sequence[str], expires: date | Non
             f"there is an AccessKey named {name} in namespace {door.namespace}; revoke it first with "
             f"`fastserve keys revoke {name}`, or take another name"
         ) from None
+    except ClusterFailed:
+        door.models.require_namespace()
+        raise
     end = time.monotonic() + MADE_SECONDS
     while True:
         found = door.api.get(ACCESS_KEYS, door.namespace, name) or {}

@@ -40,6 +40,8 @@ class Lease:
         self._clock = clock
         self._seen: tuple[Any, float] | None = None
         self._renewed_at: float | None = None
+        self.term = 0
+        """How often this process has taken the lease; another may have acted before each."""
 
     @property
     def renew_seconds(self) -> float:
@@ -74,6 +76,8 @@ class Lease:
         except StateChanged:
             self._renewed_at = None
             return False
+        if not self.held:
+            self.term += 1
         self._renewed_at = asked_at
         return True
 

@@ -8,7 +8,8 @@ logs.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 from urllib.parse import quote
 
 from fastserve.cluster.kube.api import RAY_CLUSTERS, Object
@@ -20,8 +21,11 @@ from fastserve.cluster.ray_jobs import Jobs
 from fastserve.cluster.ray_rest import RayRest
 from fastserve.errors import ClusterFailed, UsageInvalid
 from fastserve.plan.stages import Stage
+from fastserve.telemetry.curve import heard
 
 SERVE = "serve"
+WHOLE = 10**9
+"""Lines of a log that is read from its beginning."""
 
 
 def log_of(door: Door, name: str, stage: str | None, lines: int) -> str:
@@ -47,6 +51,20 @@ def log_of(door: Door, name: str, stage: str | None, lines: int) -> str:
         f"no Ray head of namespace {door.namespace} has a log of {stage or 'any stage'} of {name}; a head keeps logs "
         "only as long as it lives, and a stage whose artifact was there already never ran"
     )
+
+
+def curve_of(door: Door, story: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Rows of a Model's loss curve, as far as the log of its newest train job says them.
+
+    story: of the Model. Raises UsageInvalid when the model is not trained, or no head has that log.
+    """
+    stages = story["stages"]
+    train = stages.get(Stage.TRAIN.value)
+    if stages and train is None:
+        raise UsageInvalid(f"{story['name']} has no train stage, so there is no loss to plot; leave --plot out")
+    if train is None or train["state"] in ("-", "waiting"):
+        return []
+    return list(heard(log_of(door, story["name"], Stage.TRAIN.value, WHOLE)))
 
 
 def _heads(door: Door, name: str) -> Sequence[Object]:

@@ -169,17 +169,25 @@ def promised_by(found: Object) -> tuple[Machine, ...]:
         profile = str((group.get("labels") or {}).get(PROFILE_LABEL) or "")
         containers: list[Object] = group.get("template", {}).get("spec", {}).get("containers") or [{}]
         amounts = (containers[0].get("resources") or {}).get("limits") or {}
-        accelerators = sum(float(amount) for name, amount in amounts.items() if name.endswith("/gpu"))
-        machine = Machine(profile, _cpus(amounts.get("cpu", "0")), accelerators)
+        accelerators = sum(_amount(amount) for name, amount in amounts.items() if name.endswith("/gpu"))
+        machine = Machine(profile, _amount(amounts.get("cpu", "0")), accelerators)
         if profile:
             machines += [machine] * int(group.get("maxReplicas") or 0)
     return tuple(machines)
 
 
-def _cpus(quantity: object) -> float:
-    """`8`, `8.5` or `500m` as CPUs."""
-    text = str(quantity)
-    return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
+_SUFFIXES = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9}
+"""Powers of ten; CPUs and accelerators are counted in no others."""
+
+
+def _amount(quantity: object) -> float:
+    """`8`, `8.5` or `500m` as a number. Raises ClusterFailed for what is no quantity."""
+    text = str(quantity).strip()
+    suffix = text[-1:] if text[-1:] in _SUFFIXES else ""
+    try:
+        return float(text.removesuffix(suffix)) * 10.0 ** _SUFFIXES[suffix]
+    except ValueError:
+        raise ClusterFailed(f"a RayCluster asks for '{text}' CPUs or accelerators, which is no number") from None
 
 
 def _token_place(found: Object) -> tuple[str, str] | None:

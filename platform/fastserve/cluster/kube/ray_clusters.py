@@ -27,6 +27,7 @@ from fastserve.cluster.kube.api import (
     MODELS,
     RAY_CLUSTERS,
     SECRETS,
+    KindUnknown,
     KubeApi,
     Object,
     is_ours,
@@ -89,18 +90,22 @@ class RayClusters(Heads):
         self._address = address
         self._pools: dict[str, list[NamedHead]] = {}
         self._best: dict[str, NamedHead] = {}
+        self._next: dict[str, tuple[str, str]] = {}
         self._rolling: dict[str, str] = {}
         self._wanted: set[str] = set()
         self._told: set[str] = set()
 
     def look(self, dedicated: Mapping[str, Object]) -> None:
         """Find the RayClusters, make those that are missing, and write the numbers of machines into those that fit."""
-        found = self._api.list(RAY_CLUSTERS, self._namespace, labels=f"{MANAGED_BY}={MANAGER},{POOL_LABEL}")
+        try:
+            found = self._api.list(RAY_CLUSTERS, self._namespace, labels=f"{MANAGED_BY}={MANAGER},{POOL_LABEL}")
+        except KindUnknown:  # KubeRay was taken away, and its clusters with it
+            found = []
         by_pool: dict[str, list[Object]] = {}
         for item in sorted(found, key=lambda item: str(item["metadata"].get("creationTimestamp", ""))):
             by_pool.setdefault(_pool(item), []).append(item)
         self._pools = {pool: [self._named(item, pool) for item in items] for pool, items in by_pool.items()}
-        self._best, self._rolling, self._wanted = {}, {}, set()
+        self._best, self._next, self._rolling, self._wanted = {}, {}, {}, set()
         template, why = self._read()
         owners = {SHARED: None, **{own_pool(name): item for name, item in sorted(dedicated.items())}}
         for pool, owner in owners.items():
@@ -118,6 +123,8 @@ class RayClusters(Heads):
                 fitting = self._grown(fits[-1], template) if fits else self._make(pool, owner, template, there)
             except FastServeError as error:
                 fitting, why = (fits[-1] if fits else None), str(error)
+        if template is not None:
+            self._next[pool] = ("", why) if fitting is None else (fitting["metadata"]["name"], "")
         if fitting is not None:
             self._put(pool, self._named(fitting, pool))
             self._wanted.add(fitting["metadata"]["name"])
@@ -162,6 +169,11 @@ class RayClusters(Heads):
         """The RayCluster that a pool's work shall go to: the newest that fits the template, once its head is up."""
         missing = MissingHead(f"there is no RayCluster yet in namespace {self._namespace}; the next look makes it")
         return self._best.get(pool) or NamedHead(pool, pool, missing, is_up=False, was_up=False)
+
+    def next_of(self, pool: str) -> tuple[str, str] | None:
+        """The newest RayCluster that fits the template, up or not; empty where it cannot be made, and then why. None
+        without a template, and before the first look for a pool."""
+        return self._next.get(pool)
 
     def wanted(self) -> frozenset[str]:
         """For each pool the one that work goes to, and the one that it shall go to once it is up."""

@@ -28,6 +28,12 @@ def rollback_asked(found: Mapping[str, Any]) -> str:
     return str((found["metadata"].get("annotations") or {}).get(ROLLBACK) or "").strip()
 
 
+def is_wished(home: KubeHome, found: Mapping[str, Any]) -> bool:
+    """Whether the annotation has a value that was neither obeyed nor refused yet."""
+    asked = rollback_asked(found)
+    return bool(asked) and (home.rollback(found["metadata"]["name"]) or {}).get("asked") != asked
+
+
 def roll_back(home: KubeHome, found: Mapping[str, Any], beat: Beat) -> dict[str, str] | None:
     """Obey the annotation of a Model object if its value is a new one.
 
@@ -35,7 +41,7 @@ def roll_back(home: KubeHome, found: Mapping[str, Any], beat: Beat) -> dict[str,
     was refused; None when there was nothing to do. Raises StateChanged when somebody wrote in between.
     """
     name, asked = found["metadata"]["name"], rollback_asked(found)
-    if not asked or (home.rollback(name) or {}).get("asked") == asked:
+    if not is_wished(home, found):
         return None
     wanted = wanted_revision(beat.model, beat.observed, keys.stage_keys(beat.model, beat.observed.digests))
     word = asked.partition("@")[0] or PREVIOUS

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from fastserve.cluster.kube.heads import NamedHead
 from fastserve.cluster.live import app_state
@@ -18,7 +18,7 @@ from fastserve.cluster.ray_jobs import Job, Jobs, JobState
 from fastserve.cluster.ray_serve import AppStatus, ServeApi, revision_name
 from fastserve.errors import FastServeError
 from fastserve.plan import moving
-from fastserve.plan.moving import Standing, Stay
+from fastserve.plan.moving import Route, Standing, Stay
 from fastserve.plan.observed import RevisionState
 from fastserve.plan.revision import Revision
 
@@ -46,11 +46,12 @@ class Sights:
         """Whether anything was looked at yet."""
 
         self._seen: dict[str, Sight] = {}
+        self._jobs: dict[str, Job] = {}
         self._routable: dict[str, Mapping[str, AppStatus]] = {}
         self._troubles: dict[str, FastServeError] = {}
         self._silent_since: dict[str, float] = {}
-        self._full_since: dict[tuple[str, str], float] = {}
-        """Since when a revision has been in full at a head, by both names."""
+        self._routed: dict[str, tuple[str, float]] = {}
+        """To which head requests for a revision go, and since when, by the revision's name."""
 
     def look(self, heads: Sequence[NamedHead]) -> None:
         """See what every head has. One that does not answer is what it was before, and its trouble is kept."""
@@ -67,6 +68,7 @@ class Sights:
                 self._routable.pop(named.name, None)  # what could be gone to before says nothing of what is there now
             except FastServeError as error:
                 self.note(named.name, error)
+        self._jobs = {name: job for sight in self._seen.values() for name, job in sight.jobs.items()}
 
     def note(self, name: str, error: FastServeError) -> None:
         """Something could not be done at a head."""
@@ -96,8 +98,22 @@ class Sights:
         )
 
     def jobs(self) -> Mapping[str, Job]:
-        """The jobs of all heads; no two have one of the same name, since an attempt's number is never given twice."""
-        return {name: job for sight in self._seen.values() for name, job in sight.jobs.items()}
+        """The jobs of all heads; no two have one of the same name, since an attempt's number is never given twice.
+        Until the next look it is the same value, and has what was begun since."""
+        return self._jobs
+
+    def without(self, heads: Collection[str]) -> tuple[dict[str, Job], dict[str, AppStatus]]:
+        """The jobs and the applications of all heads but these."""
+        seen = [sight for head, sight in self._seen.items() if head not in heads]
+        jobs = {name: job for sight in seen for name, job in sight.jobs.items()}
+        return jobs, {name: app for sight in seen for name, app in sight.apps.items()}
+
+    def begun(self, head: str, job: Job) -> None:
+        """A job was submitted to a head: whoever is looked at next must not take it for lost."""
+        self._jobs[job.submission_id] = job
+        sight = self._seen.get(head)
+        if sight is not None:
+            self._seen[head] = replace(sight, jobs={**sight.jobs, job.submission_id: job})
 
     def apps(self, routed: Mapping[str, str]) -> Mapping[str, AppStatus]:
         """The applications of all heads. routed: the head whose word counts, by the revision's name."""
@@ -117,14 +133,27 @@ class Sights:
         """Whether a revision answers at a head."""
         return self._standing(head, revision).answers
 
+    def routed(self, revision: Revision) -> str | None:
+        """The head that a revision's requests go to; None when nobody knows."""
+        return self._routed.get(revision_name(revision.model, revision.digest), (None, 0.0))[0]
+
     def stay(self, name: str, revision: Revision, wanted: str) -> Stay:
         """Where a revision shall be. name: its name among those that must be up. wanted: the head it shall have."""
         standing = {head: self._standing(head, revision) for head in self._seen}
-        if not moving.is_full(wanted, standing):
-            self._full_since.pop((name, wanted), None)
-            return moving.stay(wanted, standing, None)
-        since = self._full_since.setdefault((name, wanted), self._clock())
-        return moving.stay(wanted, standing, self._clock() - since)
+        before, now = self._routed.get(name), self._clock()
+        found = moving.stay(wanted, standing, None if before is None else Route(before[0], now - before[1]))
+        if before is None or before[0] != found.routed:
+            self._routed[name] = (found.routed, now)
+        return found
+
+    def dashboards(self) -> set[str]:
+        """Addresses of the heads that were seen."""
+        return {sight.endpoint.dashboard_url for sight in self._seen.values() if sight.endpoint is not None}
+
+    def keep_only(self, revisions: Collection[str]) -> None:
+        """Forget where requests for every other revision went. revisions: names of those that shall be up."""
+        for name in self._routed.keys() - set(revisions):
+            del self._routed[name]
 
     def route(self, head: str, apps: Mapping[str, AppStatus]) -> bool:
         """Note to which applications of a head requests may go. Returns whether it is another answer than before."""

@@ -28,17 +28,9 @@ class KubeModels:
     def all(self) -> list[Object]:
         """Every Model object. Raises UsageInvalid when there is no such namespace, ClusterFailed when the cluster does
         not know the kind."""
-        try:
-            found = self._api.list(MODELS, self.namespace)
-        except ClusterFailed as error:
-            if "(404" not in str(error):
-                raise
-            raise ClusterFailed(
-                "the cluster does not know what a Model is: FastServe is not installed there; "
-                "`helm install` its chart first, or name another --context"
-            ) from error
+        found = self._api.list(MODELS, self.namespace)
         if not found:
-            self._require_namespace()
+            self.require_namespace()
         return sorted(found, key=lambda item: str(item["metadata"]["name"]))
 
     def get(self, name: str) -> Object:
@@ -53,7 +45,7 @@ class KubeModels:
         """One Model object; None when there is none."""
         return self._api.get(MODELS, self.namespace, name)
 
-    def _require_namespace(self) -> None:
+    def require_namespace(self) -> None:
         """Raise UsageInvalid when there is no such namespace. Who may not look at namespaces is not told."""
         try:
             if self._api.get(NAMESPACES, None, self.namespace) is not None:
@@ -80,6 +72,7 @@ def story_of(found: Mapping[str, Any]) -> dict[str, Any]:
         "name": found["metadata"]["name"],
         "stages": {name: {"state": "-", "key": None, **stage} for name, stage in (status.get("stages") or {}).items()},
         "gate": status.get("gate"),
+        "adapters": [{"state": "-", **item} for item in status.get("adapters") or ()],
         "revisions": [_revision(item) for item in status.get("revisions") or ()],
         "rollout": _rollout(status.get("rollout")),
         "pin": status.get("pin"),

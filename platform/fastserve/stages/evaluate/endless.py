@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastserve.stages.evaluate.intervals import Interval, wilson
+from fastserve.plan.gate import Interval
+from fastserve.stages.evaluate.intervals import wilson
 
 ANSWER_TOKENS = 48
 """Tokens of an answer that are looked at."""

@@ -19,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from fastserve.errors import EngineFailed
+from fastserve.stages.cgroup import let_engines_reclaim
 from fastserve.stages.evaluate.divergence import RowScore
 from fastserve.stages.evaluate.endless import Answer
 
@@ -69,6 +70,7 @@ class Engine:
         os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
         from vllm import LLM
 
+        let_engines_reclaim()
         config = json.loads((model / "config.json").read_text())
         self.context = min(context, int(config.get("max_position_embeddings") or context))
         self._stop = stop_tokens(model)

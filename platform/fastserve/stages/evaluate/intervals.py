@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import fmean, stdev
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastserve.plan.gate import Interval
 
 Z = 1.959963984540054
 """Quantile of the normal distribution."""
@@ -21,19 +22,6 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 """Quantile of Student's distribution with 1, 2, 3, ... degrees of freedom; beyond, Z is near, if a little narrow."""
 
 RESAMPLES = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A value and the ends of its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_json(self) -> dict[str, float]:
-        """As it stands in the metrics."""
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]

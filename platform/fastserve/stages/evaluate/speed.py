@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from fastserve.stages.evaluate.intervals import Interval, ratio_of_rounds
+from fastserve.plan.gate import Interval
+from fastserve.stages.evaluate.intervals import ratio_of_rounds
 
 ROUNDS = 5
 STREAMS = 8

@@ -51,6 +51,7 @@ class RemoteServer:
 
     async def start(self, model: Path, argv: Sequence[str], env: Mapping[str, str]) -> None:
         """Start the process and load the Hugging Face folder `model`. Raises EngineFailed in the engine's words."""
+        env = warm.own_sockets(env)
         try:
             line = await asyncio.to_thread(warm.engine_process, env)
         except OSError as error:

@@ -21,6 +21,7 @@ from typing import Any
 
 from fastserve.errors import EngineFailed
 from fastserve.plan.environment import foreign
+from fastserve.stages.cgroup import let_engines_reclaim
 from fastserve.stages.serve.loras import Loras
 from fastserve.stages.serve.signals import Signals
 
@@ -78,6 +79,7 @@ class EngineServer:
         from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
         from vllm.entrypoints.launchers.app import build_app
 
+        let_engines_reclaim()
         began = time.monotonic()
         args = parse(model, argv)
         context = build_async_engine_client(args)

@@ -30,6 +30,10 @@ from fastserve.stages.serve.engine_process import GREETING, preload, run
 FOLDER_VARIABLE = "FASTSERVE_ENGINES"
 """Names the folder of a node's warm processes; without it there are none."""
 
+SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
+"""Where vLLM makes the sockets between an engine and its server. A name adds 37 characters, and the whole path may have
+107; a head's folder leaves room."""
+
 WARM = "fastserve.stages.serve.warm"
 PLAIN = "fastserve.stages.serve.engine_process"
 """What the interpreter runs as either process."""
@@ -62,6 +66,20 @@ log = logging.getLogger("fastserve.serve")
 
 
 # -- the side of a replica ---------------------------------------------------------------------------------------------
+
+
+def own_sockets(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` with the folder of the head in which the engine makes its sockets; by itself it takes the machine's
+    temporary folder, where those of an engine that is killed would stay for good."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if not folder:
+        return dict(env)
+    try:
+        Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("%s cannot be made (%s); the engine's sockets go to the temporary folder", folder, error)
+        return dict(env)
+    return {**env, SOCKETS_VARIABLE: folder}
 
 
 def engine_process(env: Mapping[str, str]) -> socket.socket:

@@ -25,6 +25,7 @@ from fastserve.errors import (
     StageFailed,
     StoreFull,
 )
+from fastserve.plan.brought import Kind, brought
 from fastserve.plan.facts import ModelFacts
 from fastserve.plan.keys import ident_of
 from fastserve.plan.training import require_targets, training_facts
@@ -159,7 +160,8 @@ def _train(work: Work, prepared: _Prepared) -> None:
     if not ray.is_initialized():
         ray.init(address="auto")
     train = prepared.train
-    sizes = Sizes(work, train, _usable(train, machines(train, ray.nodes()).accelerated))
+    kinds = brought(os.environ)
+    sizes = Sizes(work, train, _usable(train, machines(train, ray.nodes(), kinds).accelerated, kinds))
     with news.following(work, remark=lambda: sizes.now.note):
         for part in itertools.count(1):
             size = sizes.choose()
@@ -171,7 +173,7 @@ def _train(work: Work, prepared: _Prepared) -> None:
     raise_for(ended, prepared.total_steps)
 
 
-def _usable(train: Train, accelerated: bool) -> Usable:
+def _usable(train: Train, accelerated: bool, kinds: Mapping[str, Kind]) -> Usable:
     """Places that this run has or could have, as Ray knows them now."""
     import ray
     from ray._private import state as ray_state
@@ -180,7 +182,7 @@ def _usable(train: Train, accelerated: bool) -> Usable:
     def usable(held: Mapping[str, int]) -> Mapping[str, int] | None:
         try:
             return usable_places(
-                listed(train), held, ray.nodes(), ray_state.available_resources_per_node(), accelerated
+                listed(train), held, ray.nodes(), ray_state.available_resources_per_node(), accelerated, kinds
             )
         except RayError as error:
             _LOG.warning("which machines are free was not learnt: %s", error)
@@ -201,9 +203,10 @@ def _part(work: Work, prepared: _Prepared, size: Size, part: int) -> Mapping[str
 
     from fastserve.stages.train.worker import run_worker
 
-    train, elastic = prepared.train, prepared.train.elastic
-    there = machines(train, ray.nodes())
-    threads = worker_threads(size.count, there.count)
+    train, elastic, kinds = prepared.train, prepared.train.elastic, brought(os.environ)
+    there = machines(train, ray.nodes(), kinds)
+    threads = worker_threads(size.count, there.count, there.smallest)
+    together = one_host(ray.nodes(), size.count if elastic is None or kinds else elastic.min_workers)
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={
@@ -216,7 +219,7 @@ def _part(work: Work, prepared: _Prepared, size: Size, part: int) -> Mapping[str
             num_workers=size.count if elastic is None else (min(elastic.min_workers, size.count), size.count),
             use_gpu=there.accelerated,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if there.accelerated else {})},
-            label_selector=selectors(train, size),
+            label_selector=selectors(train, size, kinds),
             elastic_resize_monitor_interval_s=_RESIZE_EVERY_SECONDS,
         ),
         run_config=RunConfig(
@@ -226,7 +229,7 @@ def _part(work: Work, prepared: _Prepared, size: Size, part: int) -> Mapping[str
                 max_failures=WORKER_RESTARTS if elastic is None else ELASTIC_RESTARTS,
                 controller_failure_limit=-1 if elastic is None else _STARTS_AT_ONE_SIZE,
             ),
-            worker_runtime_env={"env_vars": worker_environment(threads, one_machine=one_host(ray.nodes()))},
+            worker_runtime_env={"env_vars": worker_environment(threads, one_machine=together)},
         ),
     )
     try:
@@ -266,9 +269,15 @@ def task_of(work: Work, prepared: _Prepared, there: Machines, threads: int, part
     )
 
 
-def one_host(nodes: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all Ray nodes are on one machine, where loopback is enough."""
-    return len({node.get("NodeManagerAddress") for node in nodes if node.get("Alive")}) <= 1
+def one_host(nodes: Sequence[Mapping[str, Any]], workers: int) -> bool:
+    """Whether so many workers are on one machine, where loopback is enough.
+
+    nodes: `ray.nodes()`. Where the one that is there has too few CPUs (a head that computes nothing has none), others
+    will be brought for them.
+    """
+    alive = [node for node in nodes if node.get("Alive")]
+    places = sum(int(node.get("Resources", {}).get("CPU", 0)) for node in alive)
+    return len({node.get("NodeManagerAddress") for node in alive}) <= 1 and places >= workers
 
 
 def _first_cause(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,9 +20,12 @@ from fastserve.artifacts.store import Store
 from fastserve.errors import ArtifactNotFound, StoreFailed
 from fastserve.plan.stages import StageRequest
 from fastserve.stages.work import Work
+from fastserve.telemetry import curve
 from fastserve.telemetry.progress import Progress
 
 EVERY_SECONDS = 0.5
+SAY_SECONDS = 5.0
+"""Between two losses in the stage's log."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,15 +59,41 @@ def following(work: Work, remark: Callable[[], str] = lambda: "") -> Iterator[No
         thread.join()
 
 
+class Said:
+    """Which of the losses go into the log: the first, the last, one every few seconds, and each one that is measured
+    on validation rows."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """clock: seconds that never go back."""
+        self._clock = clock
+        self._at = -SAY_SECONDS
+        self._step = -1
+        self._validation: float | None = None
+
+    def of(self, news: Progress, over: bool) -> str | None:
+        """What is to be said of the news; None when nothing is. over: there will be no more."""
+        loss, validation = news.metrics.get("loss"), news.metrics.get("validationLoss")
+        measured = validation is not None and validation != self._validation
+        due = over or measured or self._clock() >= self._at + SAY_SECONDS
+        if loss is None or not due or int(news.done) == self._step:
+            return None
+        self._at, self._step, self._validation = self._clock(), int(news.done), validation
+        row = {"step": self._step, "loss": loss, **({"validationLoss": validation} if measured else {})}
+        return curve.told(row, int(news.total))
+
+
 def _follow(work: Work, remark: Callable[[], str], ended: threading.Event) -> None:
-    last, said = 0.0, ""
+    last, noted, said = 0.0, "", Said()
     while True:
         over = ended.wait(EVERY_SECONDS)
         news = _read(work.store, work.request)
         note = remark()
-        if news is not None and (news.at > last or note != said):
-            last, said = news.at, note
+        if news is not None and (news.at > last or note != noted):
+            last, noted = news.at, note
             work.report.update(news.done, news.total, news.unit, note or news.note, **{**news.metrics, "size": note})
+        sentence = said.of(news, over) if news is not None else None
+        if sentence is not None:
+            _LOG.info(sentence)
         if over:
             return
 

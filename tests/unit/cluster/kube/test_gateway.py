@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from typing import Any
 
 import pytest
 from kube_objects import KubeObjects
@@ -48,6 +49,24 @@ def test_keys_change_without_the_routes(api: KubeApi, objects: KubeObjects) -> N
     gateway.admit(())
     written = gateway_config.parse(json.loads(objects.objects[CONFIG]["data"]["config.json"]))
     assert (written.models, written.keys) == (models, ())
+
+
+def test_orders_that_somebody_removed_come_again_with_all_routes(api: KubeApi, objects: KubeObjects) -> None:
+    """A pod that was sent orders without any would say of each model that there is none."""
+    sent: list[dict[str, Any]] = []
+    gateway = KubeGateway(api, "demo", None)
+    gateway._pods.send = lambda text, token: sent.append(json.loads(text))  # type: ignore[method-assign]
+    models, keys = {"small": Served("generate", 1)}, (Key("team", "a" * 64, ("small",)),)
+    gateway.configure(models, keys, 8100)
+    serial = sent[-1]["serial"]
+    objects.delete(CONFIG)
+    assert gateway.orders() == models
+    gateway.admit(keys)
+    assert gateway_config.parse(json.loads(objects.objects[CONFIG]["data"]["config.json"])).models == models
+    assert all(orders["models"] for orders in sent)
+    assert sent[-1]["serial"] >= serial
+    objects.objects[CONFIG]["data"]["config.json"] = "{"
+    assert gateway.orders() == models
 
 
 @pytest.mark.parametrize("orders", ["{", "[]", '{"of": "another version"}'])

@@ -107,6 +107,19 @@ def test_an_object_of_somebody_else_is_left_alone(api: KubeApi, objects: KubeObj
     assert objects.objects[f"{MAPS}/one-state"] == theirs
 
 
+def test_a_state_whose_label_was_taken_off_is_found_again(api: KubeApi, objects: KubeObjects, tmp_path: Path) -> None:
+    """Else every look would find nothing, and every write that it is there."""
+    first = home(api, tmp_path)
+    first.want(model("one"), {}, {})
+    first.set_pin("one", Pin("a" * 64, "b" * 64))
+    del objects.objects[f"{MAPS}/one-state"]["metadata"]["labels"]["fastserve.dev/model"]
+    found = home(api, tmp_path)
+    assert found.model_names() == []
+    with pytest.raises(StateChanged):
+        found.want(model("one"), {}, {})
+    assert home(api, tmp_path).pin("one") == Pin("a" * 64, "b" * 64)
+
+
 def test_what_an_earlier_model_of_the_name_left_is_not_believed(
     api: KubeApi, objects: KubeObjects, tmp_path: Path
 ) -> None:

@@ -47,6 +47,24 @@ def test_who_does_not_renew_stops_acting_before_another_may_begin(api: KubeApi) 
     assert not overlap
     assert taken_at == LEASE_SECONDS
     assert not first.renew()
+    assert (first.term, second.term) == (1, 1)
+
+
+def test_each_time_that_it_is_taken_is_a_term(api: KubeApi) -> None:
+    first, clock, second, _ = two(api)
+    for _ in range(5):
+        assert first.renew()
+        clock.now += LEASE_SECONDS / 5
+    assert first.term == 1
+    clock.now += LEASE_SECONDS  # nobody else took it, and somebody might have
+    assert first.renew()
+    assert first.term == 2
+    first.release()
+    assert second.renew()
+    assert not first.renew()
+    second.release()
+    assert first.renew()
+    assert (first.term, second.term) == (3, 1)
 
 
 def test_who_releases_it_hands_over_at_once(api: KubeApi) -> None:

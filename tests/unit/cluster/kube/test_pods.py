@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kube_objects import KubeObjects, served
 
-from fastserve.cluster.kube.pods import MOST_CHARACTERS, Pods, trouble_of_cluster, trouble_of_pod
+from fastserve.cluster.kube.pods import (
+    ASK_SECONDS,
+    MOST_ASKED,
+    MOST_CHARACTERS,
+    Pods,
+    is_stuck,
+    trouble_of_cluster,
+    trouble_of_pod,
+)
 
 NOW = datetime(2027, 1, 2, 3, 4, 5, tzinfo=UTC).timestamp()
 JUST_NOW, LONG_AGO = "2027-01-02T03:00:00Z", "2027-01-02T01:00:00Z"
@@ -136,3 +144,118 @@ def test_troubles_of_heads_come_first_and_other_pods_are_not_asked_for() -> None
     assert found[0].concerns(["a"])
     assert found[1].concerns(["a", "l4"])
     assert not found[1].concerns(["a"])
+
+
+SCHEDULED = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2027-01-02T03:03:00Z"}
+
+
+def creating(**more: Any) -> dict[str, Any]:
+    state = {"state": {"waiting": {"reason": "ContainerCreating"}}}
+    return pod(**{"conditions": [SCHEDULED], "containerStatuses": [state], **more})
+
+
+def event(reason: str, message: str, uid: str = "u", at: str = JUST_NOW) -> dict[str, Any]:
+    return {
+        "metadata": {"name": f"{reason}.{uid}.{at}", "creationTimestamp": at},
+        "type": "Warning",
+        "reason": reason,
+        "message": message,
+        "involvedObject": {"kind": "Pod", "uid": uid},
+        "lastTimestamp": at,
+    }
+
+
+@pytest.mark.parametrize(
+    ("told", "reason", "words"),
+    [
+        (("FailedMount", 'MountVolume.SetUp failed for volume "t": secret "hub" not found'), "SecretMissing", "hub"),
+        (("FailedMount", 'MountVolume.SetUp failed for "d": configmap "c" not found'), "SecretMissing", "make what"),
+        (("FailedMount", "mount.nfs: Connection timed out"), "MountFailed", "timed out; look whether"),
+        (("FailedAttachVolume", "Multi-Attach error for volume pvc-1"), "MountFailed", "Multi-Attach error"),
+        (("FailedMapVolume", "no such device"), "MountFailed", "kubectl get pvc"),
+        (("FailedCreatePodSandBox", "plugin cni failed: no addresses"), "SandboxFailed", "no addresses; the node's"),
+    ],
+)
+def test_what_only_events_say_has_its_word_too(told: tuple[str, str], reason: str, words: str) -> None:
+    found = trouble_of_pod(creating(), NOW, [event(*told)])
+    assert found is not None
+    assert found.reason == reason
+    assert words in found.message
+
+
+def test_the_newest_event_counts_and_an_old_one_not_at_all() -> None:
+    older = event("FailedMount", "mount timed out", at="2027-01-02T03:01:00Z")
+    newer = event("FailedMount", "no such device", at="2027-01-02T03:02:00Z")
+    found = trouble_of_pod(creating(), NOW, [older, newer])
+    assert found is not None
+    assert "no such device" in found.message
+    assert trouble_of_pod(creating(), NOW, [event("FailedMount", "it was so", at=LONG_AGO)]) is None
+    assert trouble_of_pod(creating(), NOW, [event("Unhealthy", "probe failed")]) is None
+    again = {**event("FailedMount", "still so", at=LONG_AGO), "series": {"lastObservedTime": JUST_NOW}}
+    assert trouble_of_pod(creating(), NOW, [again]) is not None
+
+
+@pytest.mark.parametrize(
+    ("found", "stuck"),
+    [
+        (creating(), True),
+        (creating(containerStatuses=[]), True),
+        (creating(initContainerStatuses=[{"state": {"waiting": {"reason": "PodInitializing"}}}]), True),
+        (creating(initContainerStatuses=[{"state": {"running": {}}}]), False),
+        (creating(containerStatuses=[{"state": {"waiting": {"reason": "ErrImagePull"}}}]), False),
+        (creating(conditions=[SCHEDULED, {"type": "PodReadyToStartContainers", "status": "True"}]), False),
+        (creating(conditions=[SCHEDULED, {"type": "PodReadyToStartContainers", "status": "False"}]), True),
+        (creating(conditions=[{**SCHEDULED, "lastTransitionTime": "2027-01-02T03:04:00Z"}]), False),
+        (creating(conditions=[{**SCHEDULED, "status": "False"}]), False),
+        (creating(phase="Running"), False),
+        (pod(), False),
+    ],
+)
+def test_a_pod_is_stuck_when_it_has_a_node_and_nothing_begins(found: dict[str, Any], stuck: bool) -> None:
+    assert is_stuck(found, NOW) is stuck
+
+
+def test_events_are_asked_for_a_few_stuck_pods_and_not_at_every_look() -> None:
+    objects, place, clock = KubeObjects(), "/api/v1/namespaces/demo", [NOW]
+    for number in range(6):
+        found = creating()
+        found["metadata"] |= {"name": f"p{number}", "uid": f"u{number}"}
+        objects.put(f"{place}/pods/p{number}", found)
+    objects.put(f"{place}/pods/runs", pod(None, "runs", phase="Running"))
+    said = [event("FailedMount", "mount timed out", "u2"), event("FailedMount", "somebody else's", "u9")]
+    for item in (*said, {**event("FailedMount", "no warning", "u1"), "type": "Normal"}):
+        objects.put(f"{place}/events/{item['metadata']['name']}", item)
+
+    def asked() -> int:
+        return objects.calls.count(("GET", f"{place}/events"))
+
+    with served(objects) as api:
+        pods = Pods(api, "demo", lambda: clock[0])
+        (told,) = pods.troubles()
+        assert (told.group, told.reason) == ("l4", "MountFailed")
+        assert told.message.startswith("pod p2 of profile l4: FailedMount: mount timed out; ")
+        assert pods.troubles() == (told,)
+        assert asked() == MOST_ASKED
+        clock[0] += ASK_SECONDS
+        assert pods.troubles() == (told,)
+        assert asked() == 2 * MOST_ASKED
+        for number in range(6):
+            found = creating(phase="Running")
+            found["metadata"] |= {"name": f"p{number}", "uid": f"u{number}"}
+            objects.put(f"{place}/pods/p{number}", found)
+        clock[0] += ASK_SECONDS
+        assert pods.troubles() == ()
+        assert asked() == 2 * MOST_ASKED
+
+
+def test_who_may_not_read_events_is_told_what_the_pods_say() -> None:
+    class Forbidding(KubeObjects):
+        def _read(self, path: str, query: dict[str, list[str]]) -> tuple[int, Any]:
+            return (403, {"message": "events is forbidden"}) if path.endswith("/events") else super()._read(path, query)
+
+    objects, place = Forbidding(), "/api/v1/namespaces/demo/pods"
+    for name, found in (("stuck", creating()), ("unscheduled", unscheduled("no room"))):
+        found["metadata"]["name"] = name
+        objects.put(f"{place}/{name}", found)
+    with served(objects) as api:
+        assert [item.reason for item in Pods(api, "demo", lambda: NOW).troubles()] == ["Unschedulable"]

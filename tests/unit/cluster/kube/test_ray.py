@@ -115,3 +115,24 @@ def test_a_group_that_may_grow_promises_machines(api: KubeApi, objects: KubeObje
     alive = Machine("l4", 7.5, 1.0)
     assert with_promised([alive, Machine("", 2.0, 0.0)], endpoint.promised) == [alive, Machine("", 2.0, 0.0), l4, small]
     assert with_promised([alive, alive, alive], endpoint.promised[:2]) == [alive, alive, alive]
+
+
+@pytest.mark.parametrize(("said", "cpus"), [("8", 8), (8, 8), ("500m", 0.5), ("1k", 1000), ("2.5", 2.5), ("1e1", 10)])
+def test_amounts_are_read_as_kubernetes_writes_them(
+    api: KubeApi, objects: KubeObjects, said: object, cpus: float
+) -> None:
+    pod = {"spec": {"containers": [{"resources": {"limits": {"cpu": said, "nvidia.com/gpu": said}}}]}}
+    group = {"groupName": "l4", "labels": {"fastserve.dev/profile": "l4"}, "maxReplicas": 1, "template": pod}
+    ray(objects, authOptions={"mode": "token"}, workerGroupSpecs=[group])
+    secret(objects, "fastserve", "auth_token")
+    found = RayClusterHead(api, "demo", "fastserve", "python").load()
+    assert found is not None
+    assert found.promised == (Machine("l4", cpus, cpus),)
+
+
+def test_an_amount_that_is_none_is_said(api: KubeApi, objects: KubeObjects) -> None:
+    pod = {"spec": {"containers": [{"resources": {"limits": {"cpu": "many"}}}]}}
+    ray(objects, authOptions={"mode": "token"}, workerGroupSpecs=[{"groupName": "l4", "template": pod}])
+    secret(objects, "fastserve", "auth_token")
+    with pytest.raises(ClusterFailed, match="asks for 'many'"):
+        RayClusterHead(api, "demo", "fastserve", "python").load()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any
@@ -13,9 +14,14 @@ from hypothesis import strategies as st
 from kube_objects import KubeObjects
 
 from fastserve.cli import stories
-from fastserve.cluster.kube.api import KubeApi
+from fastserve.cluster.kube.api import RAY_CLUSTERS, KubeApi
+from fastserve.cluster.kube.config import Reached
+from fastserve.cluster.kube.door import Door
+from fastserve.cluster.kube.keys import create_key, list_keys
 from fastserve.cluster.kube.story import KubeModels, story_of
 from fastserve.errors import ClusterFailed, UsageInvalid
+from fastserve.spec.load import read
+from fastserve.spec.model import API_VERSION
 
 DIGEST = "ab" * 32
 READY = {"type": "Ready", "status": "True", "reason": "Ready", "message": "It serves."}
@@ -101,11 +107,36 @@ def test_nothing_there_is_not_the_same_as_no_such_namespace(api: KubeApi) -> Non
         KubeModels(api, "demos").all()
 
 
-def test_a_cluster_without_the_kinds_is_told_so(api: KubeApi, objects: KubeObjects) -> None:
-    answer = objects.answer
-    objects.answer = lambda *call: (404, {"message": "not found"}) if "/models" in call[1] else answer(*call)  # type: ignore[method-assign]
-    with pytest.raises(ClusterFailed, match="FastServe is not installed there"):
-        KubeModels(api, "demo").all()
+@pytest.mark.parametrize("kind", ["models", "accesskeys", "rayclusters"])
+def test_a_cluster_without_the_kinds_is_told_so(api: KubeApi, objects: KubeObjects, kind: str) -> None:
+    answer, unknown = objects.answer, (404, {"message": "404 page not found\n"})
+    objects.answer = lambda *call: unknown if f"/{kind}" in call[1] else answer(*call)  # type: ignore[method-assign]
+    door = Door(Reached(api, "demo", None, None))
+    ask: dict[str, Callable[[], object]] = {
+        "models": door.models.all,
+        "accesskeys": lambda: create_key(door, "team", ["chat"], None),
+        "rayclusters": lambda: api.list(RAY_CLUSTERS, "demo"),
+    }
+    who = "KubeRay" if kind == "rayclusters" else "FastServe"
+    with pytest.raises(ClusterFailed, match=f"{who} is not installed there; install its chart first"):
+        ask[kind]()
+
+
+def test_what_cannot_be_made_in_a_namespace_that_is_not_there_names_the_nearest(
+    api: KubeApi, objects: KubeObjects
+) -> None:
+    answer, missing = objects.answer, (404, {"message": 'namespaces "dmo" not found'})
+    objects.answer = lambda *call: missing if call[0] != "GET" else answer(*call)  # type: ignore[method-assign]
+    door = Door(Reached(api, "dmo", None, None))
+    (wanted,) = read(f"apiVersion: {API_VERSION}\nkind: Model\nmetadata: {{name: chat}}\nspec: {{source: hf://a/b}}\n")
+    ask: list[Callable[[], object]] = [
+        lambda: door.apply(wanted),
+        lambda: create_key(door, "team", ["chat"], None),
+        lambda: list_keys(door),
+    ]
+    for attempt in ask:
+        with pytest.raises(UsageInvalid, match=r"no namespace dmo on the cluster; did you mean demo\?"):
+            attempt()
 
 
 def test_who_may_not_is_told_the_verb_and_the_resource(api: KubeApi, objects: KubeObjects) -> None:

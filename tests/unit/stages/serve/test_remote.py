@@ -159,7 +159,8 @@ def test_services_and_settings_of_others_do_not_reach_an_engine(
         assert (now["VLLM_OWN"], now["VLLM_NAMED"]) == ("ours", "yes")
         for environment in (now, at_start):
             assert not {*links, *settings} & set(environment)
-            assert {name for name in environment if name.startswith("VLLM_")} == {"VLLM_OWN", "VLLM_NAMED"}
+            own = {"VLLM_OWN", "VLLM_NAMED", *([warm.SOCKETS_VARIABLE] if warm_one else [])}
+            assert {name for name in environment if name.startswith("VLLM_")} == own
         await server.stop()
 
     asyncio.run(scenario())
@@ -181,6 +182,34 @@ def test_engines_of_one_environment_come_from_one_warm_process(folder: Path) -> 
     assert len(sockets) == 2
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in sockets)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("warm_one", [True, False], ids=["forked", "plain"])
+def test_an_engine_makes_its_sockets_where_they_go_with_the_head(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, warm_one: bool
+) -> None:
+    if not warm_one:
+        monkeypatch.setattr(warm, "WARM", "no_such_module")
+
+    async def scenario() -> None:
+        server = await started(folder)
+        about = await server.call("about")
+        assert (about["parent"] == os.getpid()) is not warm_one
+        assert about["env"]["VLLM_RPC_BASE_PATH"] == str(folder)
+        assert folder.is_dir()
+        await server.stop()
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_of_no_head_makes_its_sockets_where_vllm_does(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(warm.FOLDER_VARIABLE, str(tmp_path / "file" / "engines"))
+    assert warm.own_sockets({"A": "1"}) == {"A": "1"}, "a folder that cannot be made"
+    monkeypatch.delenv(warm.FOLDER_VARIABLE)
+    assert warm.own_sockets({"A": "1"}) == {"A": "1"}
 
 
 def test_a_warm_process_that_died_is_followed_by_another_and_its_engines_live_on(folder: Path) -> None:

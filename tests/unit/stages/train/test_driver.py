@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from fastserve.errors import AttemptFenced, InsufficientMemory, NotExecutable, StageFailed
+from fastserve.plan.brought import Kind
 from fastserve.stages.train.driver import one_host, raise_for
 from fastserve.stages.train.machines import worker_environment, worker_threads
 
@@ -45,17 +46,43 @@ def test_what_the_workers_say_in_the_end_is_what_the_stage_raises() -> None:
         raise_for(ended(step=-1, reason="StageFailed", message="the loss is not a finite number"), 10)
 
 
+@pytest.mark.parametrize(
+    ("workers", "kind", "threads"),
+    [
+        (2, Kind(1), 1),  # one on each machine
+        (2, Kind(4), 2),
+        (1, Kind(4), 4),
+        (16, Kind(4), 1),
+        (2, Kind(0.5), 1),
+        (2, Kind(16, 1), 16),
+        (16, Kind(96, 8), 12),
+    ],
+)
+def test_the_workers_of_a_machine_that_is_brought_share_its_cpus(workers: int, kind: Kind, threads: int) -> None:
+    assert worker_threads(workers, nodes=1, kind=kind) == threads
+
+
 def test_a_worker_sleeps_while_it_waits_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worker_environment(2, one_machine=True)["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert worker_environment(2, one_machine=True)["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_nodes_of_one_machine_talk_over_loopback(several: bool) -> None:
-    nodes = [
-        {"Alive": True, "NodeManagerAddress": "10.0.0.1"},
-        {"Alive": True, "NodeManagerAddress": "10.0.0.2" if several else "10.0.0.1"},
-        {"Alive": False, "NodeManagerAddress": "10.0.0.3"},
-    ]
-    assert one_host(nodes) is not several
+def ray_node(address: str, cpus: float, alive: bool = True) -> dict[str, Any]:
+    resources = {"CPU": cpus} if cpus else {}  # Ray does not list what a node has none of
+    return {"Alive": alive, "NodeManagerAddress": address, "Resources": resources}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "one"),
+    [
+        ([ray_node("10.0.0.1", 2), ray_node("10.0.0.1", 2)], 4, True),
+        ([ray_node("10.0.0.1", 2), ray_node("10.0.0.2", 2, alive=False)], 2, True),
+        ([ray_node("10.0.0.1", 2), ray_node("10.0.0.2", 2)], 2, False),
+        # Machines are on their way: the head of a cluster that began at none, and one machine of two.
+        ([ray_node("10.0.0.1", 0)], 2, False),
+        ([ray_node("10.0.0.1", 1)], 2, False),
+    ],
+)
+def test_workers_of_one_machine_talk_over_loopback(nodes: list[dict[str, Any]], workers: int, one: bool) -> None:
+    assert one_host(nodes, workers) is one

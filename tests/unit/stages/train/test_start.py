@@ -13,12 +13,12 @@ from ranks import run_ranks
 
 from fastserve.artifacts.store import Store
 from fastserve.errors import InsufficientHardware
+from fastserve.plan.brought import Kind
 from fastserve.spec.train import Train
-from fastserve.stages.train import place
 from fastserve.stages.train.corpus import Corpus
 from fastserve.stages.train.group import Group
 from fastserve.stages.train.machines import Machines, machines, selectors
-from fastserve.stages.train.place import PROFILE_LABEL, Place, free_bytes, memory_bytes, resident_bytes
+from fastserve.stages.train.place import PROFILE_LABEL, Place, memory_bytes, resident_bytes
 from fastserve.stages.train.size import Size
 from fastserve.stages.train.start import given_speeds, start
 from fastserve.stages.train.task import Task
@@ -73,6 +73,28 @@ def test_a_profile_that_no_machine_has_is_refused_with_those_there_are() -> None
         machines(train, [node("l4"), node()])
 
 
+def test_machines_that_are_brought_are_as_good_as_there() -> None:
+    """All of them have been given back: there is the head alone, which computes nothing."""
+    train, head = train_of(("h100", 2, None)), {"Alive": True, "NodeID": "head", "Resources": {}}
+    kinds = {"h100": Kind(16, 8), "l4": Kind(4, 1), "local": Kind(2)}
+    assert machines(train, [head], kinds) == Machines(0, accelerated=True, smallest=kinds["h100"])
+    assert selectors(train, all_of(train), kinds) == [{PROFILE_LABEL: "h100"}] * 2
+    with pytest.raises(InsufficientHardware, match=r"profile a100 \(there are: h100, l4, local\)"):
+        machines(train_of(("a100", 1, None)), [head], kinds)
+
+
+def test_where_local_machines_are_brought_no_others_will_do() -> None:
+    train, kinds = train_of(("local", 2, None)), {"l4": Kind(4, 1), "local": Kind(2)}
+    there = [{"Alive": True, "NodeID": "head", "Resources": {}}, node("l4", gpus=1), node("local", number="a")]
+    assert machines(train, there, kinds) == Machines(1, accelerated=False, smallest=kinds["local"])
+    assert selectors(train, all_of(train), kinds) == [{PROFILE_LABEL: "local"}] * 2
+    mixed = train_of(("local", 1, None), ("l4", 1, None))
+    assert selectors(mixed, all_of(mixed), kinds) == [{PROFILE_LABEL: "local"}, {PROFILE_LABEL: "l4"}]
+    assert not machines(mixed, there, kinds).accelerated
+    one_of_two = train_of(("local", 1, None), ("l4", 1, None), elastic={"minWorkers": 1})
+    assert selectors(one_of_two, all_of(one_of_two), kinds) == [{PROFILE_LABEL: "in(l4,local)"}] * 2
+
+
 def test_an_elastic_run_takes_machines_of_any_of_its_profiles() -> None:
     train = train_of(("l4", 2, None), ("a100", 1, None), elastic={"minWorkers": 1})
     assert selectors(train, all_of(train)) == [{PROFILE_LABEL: "in(a100,l4)"}] * 3
@@ -96,15 +118,7 @@ def test_workers_of_one_machine_share_what_is_free(monkeypatch: pytest.MonkeyPat
         assert shared == pytest.approx(alone / 2, rel=0.2)
 
 
-def test_the_memory_of_a_cgroup_is_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("700000\n")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 200000\n")
-    names = ("memory.max", "memory.current", "inactive_file")
-    monkeypatch.setattr(place, "_memory_cgroups", lambda: iter([(tmp_path, *names)]))
-    assert free_bytes() == 500_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes() > 500_000
+def test_resident_memory_is_this_process_s_own() -> None:
     assert resident_bytes() == pytest.approx(psutil.Process(os.getpid()).memory_info().rss, rel=0.2)
 
 
