@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import subprocess
 import sys
@@ -41,6 +42,11 @@ class Installation:
     """The folder that pods see as /store/inputs."""
 
     key: str = ""
+
+    @property
+    def artifacts(self) -> Path:
+        """Where the store keeps what stages have made."""
+        return self.inputs.parent / NAMESPACE / "artifacts"
 
     def kubectl(self, *words: str, text: str | None = None, check: bool = True) -> str:
         """kubectl in the release's namespace."""
@@ -125,6 +131,11 @@ class Installation:
         url = self.service_url()
         return self.cluster.inside(lambda: _ask(url, self.key, model, **more))
 
+    def stream(self, model: str, begun: threading.Event, **more: Any) -> list[dict[str, Any]]:
+        """The events of a streamed chat completion, `[DONE]` left out; `begun` is set at the first one."""
+        url = self.service_url()
+        return self.cluster.inside(lambda: _stream(url, self.key, model, begun, **more))
+
     def make_key(self, name: str, *models: str) -> None:
         """An AccessKey of these models for all that follows."""
         self.cluster.apply(
@@ -179,9 +190,24 @@ class Crowd:
 
 
 def _ask(url: str, key: str, model: str, **more: Any) -> httpx.Response:
+    return httpx.post(f"{url}/v1/chat/completions", timeout=ASK_SECONDS, **_request(key, model, **more))
+
+
+def _stream(url: str, key: str, model: str, begun: threading.Event, **more: Any) -> list[dict[str, Any]]:
+    request = _request(key, model, stream=True, **more)
+    events: list[dict[str, Any]] = []
+    with httpx.stream("POST", f"{url}/v1/chat/completions", timeout=ASK_SECONDS, **request) as answer:
+        assert answer.status_code == 200, answer.read()
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                events.append(json.loads(line.removeprefix("data: ")))
+                begun.set()
+    return events
+
+
+def _request(key: str, model: str, **more: Any) -> dict[str, Any]:
     body = {"model": model, "max_tokens": 4, "messages": [{"role": "user", "content": "hello"}], **more}
-    headers = {"Authorization": f"Bearer {key}"}
-    return httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=ASK_SECONDS)
+    return {"json": body, "headers": {"Authorization": f"Bearer {key}"}}
 
 
 def claim(name: str, path: Path, mode: str) -> list[dict[str, Any]]:
@@ -231,7 +257,7 @@ def values(images: Sequence[Image]) -> dict[str, Any]:
         "ray": {
             "image": by_digest["docker.io/library/fastserve-ray"],
             "head": {
-                "resources": {"requests": {"cpu": "10m", "memory": "1Gi"}, "limits": {"memory": "4Gi"}},
+                "resources": {"requests": {"cpu": "10m", "memory": "1Gi"}, "limits": {"memory": "6Gi"}},
                 "nodeSelector": FIRST_NODE,
             },
             "autoscaler": small,

@@ -20,7 +20,7 @@ from kubernetes_binaries import Binaries, kuberay
 from network import API_ADDRESS, Place, call_inside, first, inside, join, part
 from node import Node, folder_of_a_cluster
 
-NODES = 3
+NODES = 4
 """Most nodes of a cluster: so many have certificates."""
 
 SERVICE_NAMES = ("kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local")
@@ -173,6 +173,7 @@ def _subjects() -> dict[str, Subject]:
         "controllers": Subject("system:kube-controller-manager"),
         "scheduler": Subject("system:kube-scheduler"),
         "proxy": Subject("system:kube-proxy"),
+        "policies": Subject("policies", "system:masters"),
         "kubelets": Subject("apiserver-kubelet-client", "system:masters"),
         **machines,
     }
