@@ -1,8 +1,12 @@
-"""Laptops for the end-to-end tests; each leaves nothing behind, or its test fails."""
+"""Laptops for the end-to-end tests; each leaves nothing behind, or its test fails.
+
+Most of a small test's time is Ray's start and the engine's imports. So whoever only serves shares one laptop: its Ray,
+its gateway and its warm process go on from one module to the next.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,21 @@ def pytest_runtest_makereport(
     return report
 
 
-def _lived(name: str, folder: Path) -> Iterator[Laptop]:
-    found = Laptop(folder)
+# What Kubernetes would put into the environment beside Services of these names, and a setting of another vLLM: the
+# laptop that serves lives among them all the time (public case 16).
+LINKS = {f"{name}_PORT": "tcp://10.96.0.10:8000" for name in ("VLLM", "RAY", "REDIS")}
+HOSTS = {f"{name}_SERVICE_HOST": "10.96.0.10" for name in ("VLLM", "RAY", "REDIS")}
+PASSED = {"VLLM_LOGGING_LEVEL": "WARNING", "FASTSERVE_ENGINE_VARIABLES": "VLLM_LOGGING_LEVEL"}
+AROUND = {**LINKS, **HOSTS, **PASSED, "VLLM_HOST_IP": "10.0.0.1"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever uses the laptop that serves comes last, so that its Ray runs beside nobody else's tests."""
+    items.sort(key=lambda item: "standing_laptop" in getattr(item, "fixturenames", ()))
+
+
+def _lived(name: str, folder: Path, around: Mapping[str, str] | None = None) -> Iterator[Laptop]:
+    found = Laptop(folder, around)
     last_words.WATCHED[name] = found.home
     yield found
     found.down()
@@ -38,3 +55,15 @@ def laptop(tmp_path: Path) -> Iterator[Laptop]:
 @pytest.fixture(scope="module")
 def shared_laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
     yield from _lived("shared_laptop", tmp_path_factory.mktemp("laptop") / "home")
+
+
+@pytest.fixture(scope="session")
+def standing_laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
+    yield from _lived("standing_laptop", tmp_path_factory.mktemp("standing") / "home", AROUND)
+
+
+@pytest.fixture(scope="module")
+def serving_laptop(standing_laptop: Laptop) -> Iterator[Laptop]:
+    """The laptop that serves, without any model of the modules before."""
+    yield standing_laptop
+    standing_laptop.clear()

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from fastserve.artifacts.stores import open_store
 from fastserve.cluster.home import Home
 from fastserve.cluster.processes import kill_home
 
@@ -26,9 +27,14 @@ COMMAND = str(Path(sys.executable).parent / "fastserve")
 class Laptop:
     """One home, and the `fastserve` command on it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, around: Mapping[str, str] | None = None) -> None:
+        """around: variables that every command finds beside those of this process."""
         self.home = Home(folder)
+        # Without a temporary folder of its own, so that the head gives it one.
+        self.around = {"TMPDIR": "", **(around or {})}
         self._started: list[subprocess.Popen[str]] = []
+        self._left: set[Path] = set()
+        """Sockets that there were when something was killed."""
 
     def run(
         self, *arguments: str, expect: int = 0, seconds: float = 900, **env: str
@@ -40,7 +46,7 @@ class Laptop:
             text=True,
             timeout=seconds,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **env},
+            env={**os.environ, **self.around, **env},
             check=False,
         )
         assert done.returncode == expect, f"exit {done.returncode} of {arguments}\n{done.stdout}\n{done.stderr}"
@@ -62,6 +68,7 @@ class Laptop:
                 start_new_session=True,
                 text=True,
                 preexec_fn=_hear_ctrl_c,
+                env={**os.environ, **self.around},
             )
         self._started.append(process)
         return process
@@ -77,10 +84,14 @@ class Laptop:
 
     def records(self) -> dict[str, tuple[int, float]]:
         """Attempt and commit time of every artifact, by stage and key."""
-        found = {}
-        for path in sorted(self.home.path.glob("store/artifacts/*/*/record.json")):
-            value = json.loads(path.read_text())
-            found[f"{value['stage']}/{value['key']}"] = (value["attempt"], value["made_at"])
+        found: dict[str, tuple[int, float]] = {}
+        if not self.home.path.exists():
+            return found
+        store = open_store(self.home.store_uri)
+        for name in store.names("artifacts/"):
+            if name.endswith("/record.json"):
+                value = json.loads(store.read(name))
+                found[f"{value['stage']}/{value['key']}"] = (value["attempt"], value["made_at"])
         return found
 
     def processes(self) -> list[psutil.Process]:
@@ -117,6 +128,7 @@ class Laptop:
         found: list[psutil.Process] = []
         self.until(lambda: bool(self._into(found, sign)), f"there is a {sign}")
         process = found[0]
+        self._left |= self.sockets()
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
         self.until(lambda: gone(process), f"{sign} is dead")
@@ -133,6 +145,21 @@ class Laptop:
         while not true():
             assert time.monotonic() < deadline, f"after {seconds:.0f} s: {what}; now: {self._described()}"
             time.sleep(0.05)
+
+    def clear(self) -> None:
+        """Want no model any more, and wait until none is served. Ray, the gateway and the process from which engines
+        are forked stay, for whoever comes next; when nobody tends the home, all ends."""
+        if not (self.home.tender() or {}).get("detached"):
+            self.down()
+            return
+        for name in self.home.model_names():
+            self.home.unwant(name)
+            self.home.set_weights(name, {})
+        try:
+            self.until(lambda: not self.home.serving() and not self.named("EngineCore"), "no engine is left")
+        except AssertionError:
+            self.down()
+            raise
 
     def down(self) -> None:
         """End everything, whatever state a failed test left it in."""
@@ -152,6 +179,15 @@ class Laptop:
         files = [path for path in self.home.path.rglob("*") if path.is_file() and path.name.startswith(".")]
         assert not files, f"half-written files: {files}"
         assert not self.scratch(), f"scratch folders: {self.scratch()}"
+        assert not [path for path in self._left if path.exists()], "sockets of killed processes"
+
+    def sockets(self) -> set[Path]:
+        """The unix sockets that this home's processes have under a name."""
+        found = set()
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):  # it may end at any moment
+                found |= {Path(one.laddr) for one in process.net_connections("unix") if one.laddr.startswith("/")}
+        return found
 
     def scratch(self) -> list[Path]:
         """Folders of this home's Ray heads outside of it."""

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from laptop import COMMAND, Laptop, ctrl_c, gone
+from s3_servers import moto_server
 from tiny import tiny_manifest
 
 from fastserve.cluster.access import local_key
@@ -27,13 +28,18 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_manifest(tmp_path_factory.mktemp("tiny")))
 
 
+def has_begun(laptop: Laptop, stage: str) -> bool:
+    """Whether a process of the stage is there."""
+    return bool(laptop.named("fastserve.stages.entry", f"--stage {stage}"))
+
+
 def running(laptop: Laptop, stage: str) -> bool:
     """Whether an attempt of the stage is under way: it reports, and has not committed.
 
     The tiny source is done half a second after its first report, so there its process will do.
     """
     if stage == "source":
-        return bool(laptop.named("fastserve.stages.entry", "--stage source"))
+        return has_begun(laptop, stage)
     for request in laptop.home.path.glob(f"store/artifacts/{stage}/*/attempts/*/request.json"):
         key, progress = request.parents[2], request.with_name("progress.json")
         if (key / "record.json").exists() or request.with_name("failure.json").exists():
@@ -47,10 +53,10 @@ def starting_to_serve(laptop: Laptop) -> bool:
     return bool(list(laptop.home.path.glob("serving/*.json")))
 
 
-def moments(laptop: Laptop) -> list[tuple[str, Callable[[], bool]]]:
+def moments(laptop: Laptop, under_way: Callable[[Laptop, str], bool] = running) -> list[tuple[str, Callable[[], bool]]]:
     """Each stage, and the start of the engine. On a machine that stands still for a while a stage may begin and end
     between two looks; then the next one that is under way will do."""
-    stages: list[Callable[[], bool]] = [lambda stage=stage: running(laptop, stage) for stage in STAGES]
+    stages: list[Callable[[], bool]] = [lambda stage=stage: under_way(laptop, stage) for stage in STAGES]
     each = [*stages, lambda: starting_to_serve(laptop)]
     return [
         (name, lambda number=number: any(now() for now in each[number:]))
@@ -69,9 +75,19 @@ def _status(laptop: Laptop) -> list[str]:
     return [COMMAND, "status", "tiny", "-o", "json", "--home", str(laptop.home.path)]
 
 
-def test_the_command_line_killed_in_each_stage_and_begun_again(laptop: Laptop, manifest: str) -> None:
-    for name, now in moments(laptop):
-        process = laptop.start("up", manifest)
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of a store on an S3 server."""
+    with moto_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server.make_bucket("artifacts")
+
+
+def test_the_command_line_killed_in_each_stage_and_begun_again(bucket: str, laptop: Laptop, manifest: str) -> None:
+    """The whole job with its artifacts on S3: the address is given once, and remembered."""
+    for number, (name, now) in enumerate(moments(laptop, has_begun)):
+        process = laptop.start("up", manifest, *([] if number else ["--store", bucket]))
         laptop.until(now, f"{name} is under way")
         process.kill()
         process.wait()
@@ -82,9 +98,17 @@ def test_the_command_line_killed_in_each_stage_and_begun_again(laptop: Laptop, m
     attempts = {name: attempt for name, (attempt, _) in laptop.records().items()}
     assert len(attempts) == 4
     assert set(attempts.values()) == {1}, f"a stage was repeated: {attempts}"
-    laptop.chat("tiny", "hello")
+    assert not list(laptop.home.path.glob("store/**/record.json"))
+    stages = laptop.json("status", "tiny")["stages"]
+    assert {name: stage["state"] for name, stage in stages.items()} == dict.fromkeys(STAGES, "committed")
+    assert answers(laptop)
     assert ctrl_c(process) == 0, laptop.said()
     laptop.assert_nothing_left()
+    sheet = laptop.json("plan", manifest)
+    assert {line["stage"]: line["state"] for line in sheet["stages"]} == {
+        **dict.fromkeys(STAGES, "committed"),
+        "serve": "will run",
+    }
 
 
 def test_ctrl_c_in_each_stage_and_begun_again(shared_laptop: Laptop, manifest: str) -> None:

@@ -67,8 +67,9 @@ class Load:
 
 
 def test_a_replica_killed_under_load_costs_no_whole_answer_and_no_stream_ends_silently(
-    laptop: Laptop, tmp_path: Path
+    serving_laptop: Laptop, tmp_path: Path
 ) -> None:
+    laptop = serving_laptop
     folder = tiny_model(tmp_path / "model")
     manifest = tmp_path / "tiny.yaml"
     serve = "{context: 512, engine: {maxSequences: 4}}"

@@ -75,7 +75,8 @@ def shares(laptop: Laptop) -> dict[str, int]:
     return laptop.home.weights("steps")
 
 
-def test_a_rollout_by_steps_and_a_rollback_lose_no_request(laptop: Laptop, tmp_path: Path) -> None:
+def test_a_rollout_by_steps_and_a_rollback_lose_no_request(serving_laptop: Laptop, tmp_path: Path) -> None:
+    laptop = serving_laptop
     laptop.run("up", manifest(tmp_path, 256), "--detach")
     (old,) = shares(laptop)
     with Clients(laptop, "steps") as clients:

@@ -39,13 +39,13 @@ def assistant(folder: Path, **adapters: Path) -> str:
 
 
 @pytest.fixture
-def ask(laptop: Laptop) -> Iterator[Any]:
+def ask(serving_laptop: Laptop) -> Iterator[Any]:
     """Posts to a path of the gateway."""
     with httpx.Client(timeout=300) as client:
 
         def post(path: str, **body: Any) -> httpx.Response:
-            gateway = laptop.home.read_json("gateway/process.json")
-            headers = {"Authorization": f"Bearer {local_key(laptop.home)}"}
+            gateway = serving_laptop.home.read_json("gateway/process.json")
+            headers = {"Authorization": f"Bearer {local_key(serving_laptop.home)}"}
             url = f"http://127.0.0.1:{gateway['port']}/v1/{path}"
             return client.post(url, json=body, headers=headers) if body else client.get(url, headers=headers)
 
@@ -67,7 +67,8 @@ def engines(laptop: Laptop) -> set[int]:
     return {process.pid for process in laptop.named("EngineCore")}
 
 
-def test_adapters_and_vectors(laptop: Laptop, ask: Any, tmp_path: Path) -> None:
+def test_adapters_and_vectors(serving_laptop: Laptop, ask: Any, tmp_path: Path) -> None:
+    laptop = serving_laptop
     first = assistant(tmp_path, a48=CASES / "15-rank48")
     sheet = laptop.json("plan", first)
     assert [(line["name"], line["rank"]) for line in sheet["adapters"]] == [("a48", 48)]

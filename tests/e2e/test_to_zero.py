@@ -84,7 +84,8 @@ class Users:
             thread.join()
 
 
-def test_to_zero_and_back_and_to_two_and_back_without_a_loss(laptop: Laptop, tmp_path: Path) -> None:
+def test_to_zero_and_back_and_to_two_and_back_without_a_loss(serving_laptop: Laptop, tmp_path: Path) -> None:
+    laptop = serving_laptop
     tiny_model(tmp_path / "model")
     laptop.run("up", write(tmp_path, "{min: 0, max: 2, idle: 3s}"), "--detach")
     laptop.until(lambda: count_is(laptop, 0), "after quiet no replica is left")

@@ -1,10 +1,12 @@
-"""One real engine, started from the planner's own arguments, and requests that come at given steps.
+"""Real engines one after the other, started from the planner's own arguments, and requests that come at given steps.
 
-python mlfq_engine.py MODEL SECTION: SECTION is the serve section as JSON; prints token ids and counters as JSON.
+python mlfq_engine.py MODEL SECTIONS: SECTIONS are serve sections as a JSON list; prints token ids and counters of each
+as a JSON list.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import sys
@@ -50,11 +52,11 @@ def engine_of(model: Path, section: dict[str, Any]) -> Any:
     return LLMEngine.from_engine_args(EngineArgs.from_cli_args(argv))
 
 
-def main() -> None:
+def run(model: Path, section: dict[str, Any]) -> dict[str, Any]:
+    engine = engine_of(model, section)
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    engine = engine_of(Path(sys.argv[1]), json.loads(sys.argv[2]))
     coming, answers, step = workload(), {}, 0
     for number, (when, prompt, tokens) in enumerate(coming):
         while step < when:
@@ -70,9 +72,16 @@ def main() -> None:
     scheduler = engine.engine_core.engine_core.scheduler
     counters = {name: getattr(scheduler, name, 0) for name in ("preemptions", "demotions", "promotions")}
     ids = [answers[str(number)] for number in range(REQUESTS)]
-    read = Tokenizer.from_file(str(Path(sys.argv[1]) / "tokenizer.json")).decode
+    read = Tokenizer.from_file(str(model / "tokenizer.json")).decode
     strict = [read(ids[number]) for number in STRICT]
-    found = {"ids": ids, "strict": strict, "scheduler": type(scheduler).__name__, **counters}
+    return {"ids": ids, "strict": strict, "scheduler": type(scheduler).__name__, **counters}
+
+
+def main() -> None:
+    found = []
+    for section in json.loads(sys.argv[2]):
+        found.append(run(Path(sys.argv[1]), section))
+        gc.collect()  # frees the engine before
     sys.stdout.write("\n" + json.dumps(found) + "\n")
 
 

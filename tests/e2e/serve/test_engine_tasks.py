@@ -6,10 +6,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,11 +46,12 @@ THERE = {"width": WIDTH, "module": "model.layers.1.self_attn.o_proj"}
 
 
 class Engine:
-    """The host process and a client of it."""
+    """The host process and a client of it; `ready` waits for it."""
 
     def __init__(self, model: Path, section: dict[str, Any], *ranks: int) -> None:
         self.log = model.parent / "host.log"
-        env = clean_environment({"FASTSERVE_CHECK_SECONDS": str(STUCK_SECONDS)})
+        self._sockets = Path(tempfile.mkdtemp(prefix="fs-engine-", dir="/tmp"))  # their paths may have 107 characters
+        env = clean_environment({"FASTSERVE_CHECK_SECONDS": str(STUCK_SECONDS), "TMPDIR": str(self._sockets)})
         with socket.socket() as bound, self.log.open("wb") as log:
             bound.bind(("127.0.0.1", 0))
             port, number = bound.getsockname()[1], bound.fileno()
@@ -57,17 +60,22 @@ class Engine:
                 command, env=env, stdout=log, stderr=log, pass_fds=[number], start_new_session=True
             )
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300)
+
+    def ready(self) -> Engine:
         deadline = time.monotonic() + 300
         while True:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             try:
                 self.client.get("/health")
-                return
+                return self
             except httpx.TransportError:
                 time.sleep(0.2)
 
     def end(self) -> None:
+        """Twice is as once."""
+        if self.client.is_closed:
+            return
         self.client.close()
         try:
             if self.process.poll() is None:
@@ -77,6 +85,7 @@ class Engine:
             with contextlib.suppress(ProcessLookupError):  # the engine's own process may outlive its host
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+            shutil.rmtree(self._sockets, ignore_errors=True)
 
     def ask(self, model: str = "chat", **more: Any) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 24, "temperature": 0}
@@ -94,28 +103,34 @@ class Engine:
         return [item["id"] for item in self.client.get("/v1/models").json()["data"]]
 
 
-def test_speech_becomes_text(tmp_path: Path) -> None:
-    speech = Engine(write_tiny_whisper(tmp_path / "model"), {"task": "transcribe"})
-    try:
-        for path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
-            fields = {"model": "chat", "language": "en", "temperature": "0"}
-            answer = speech.client.post(path, data=fields, files={"file": ("tone.wav", tone(), "audio/wav")})
-            assert answer.status_code == 200, answer.text
-            assert answer.json()["text"]
-        noise = {"file": ("noise.wav", b"RIFF and no sound", "audio/wav")}
-        assert speech.client.post("/v1/audio/transcriptions", data={"model": "chat"}, files=noise).status_code == 400
-        assert speech.client.get("/_check").json() == "well"
-    finally:
-        speech.end()
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine]]:
+    """An engine for speech and one for text, which load at the same time."""
+    model = write_tiny_llama(tmp_path_factory.mktemp("tasks") / "model", hidden=WIDTH, dtype="float32")
+    (model / "chat_template.jinja").write_text(TOOLS + TEMPLATE)
+    text = Engine(model, SECTION, 8)
+    speech = Engine(write_tiny_whisper(tmp_path_factory.mktemp("speech") / "model"), {"task": "transcribe"})
+    yield speech, text
+    speech.end()
+    text.end()
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    model = write_tiny_llama(tmp_path_factory.mktemp("tasks") / "model", hidden=WIDTH, dtype="float32")
-    (model / "chat_template.jinja").write_text(TOOLS + TEMPLATE)
-    found = Engine(model, SECTION, 8)
-    yield found
-    found.end()
+def engine(both: tuple[Engine, Engine]) -> Engine:
+    return both[1].ready()
+
+
+def test_speech_becomes_text(both: tuple[Engine, Engine]) -> None:
+    speech = both[0].ready()
+    for path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
+        fields = {"model": "chat", "language": "en", "temperature": "0"}
+        answer = speech.client.post(path, data=fields, files={"file": ("tone.wav", tone(), "audio/wav")})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["text"]
+    noise = {"file": ("noise.wav", b"RIFF and no sound", "audio/wav")}
+    assert speech.client.post("/v1/audio/transcriptions", data={"model": "chat"}, files=noise).status_code == 400
+    assert speech.client.get("/_check").json() == "well"
+    speech.end()
 
 
 def test_adapters_come_and_go_and_a_bad_one_takes_nothing_with_it(engine: Engine, tmp_path: Path) -> None:

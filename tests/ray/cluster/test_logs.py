@@ -17,7 +17,7 @@ from kube_objects import KubeObjects, kubeconfig, served
 from fastserve.cluster.home import Home
 from fastserve.cluster.kube.config import reach
 from fastserve.cluster.kube.door import Door
-from fastserve.cluster.kube.logs import log_of
+from fastserve.cluster.kube.logs import curve_of, log_of
 from fastserve.cluster.ray_head import Endpoint, RayHead
 from fastserve.cluster.ray_jobs import Jobs
 from fastserve.cluster.ray_serve import ServeApi, app_for
@@ -27,6 +27,7 @@ from fastserve.plan.placement import Bounds
 from fastserve.plan.revision import Revision
 from fastserve.plan.stages import Stage
 from fastserve.spec.serve import Serve
+from fastserve.telemetry.curve import told
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -81,9 +82,10 @@ def until(true: Callable[[], object], what: str) -> None:
 
 def test_logs_of_stages_and_replicas_come_through(head: Endpoint, door: Door, tmp_path: Path) -> None:
     jobs = Jobs(head.dashboard_url, head.token)
+    loss = told({"step": 3, "loss": 2.5}, 9)
     for stage, word in (("source", "first"), ("train", "second")):
         name = f"clerk-{stage}-{KEY}-1"
-        jobs.submit(name, f"python -c \"print('the {word} one')\"", env={})
+        jobs.submit(name, f"python -c \"print('the {word} one'); print('{loss}')\"", env={})
         jobs.await_end(name, 120)
     bounds = Bounds("local", 1, 1, "")
     serve = Serve.model_validate({})
@@ -92,9 +94,13 @@ def test_logs_of_stages_and_replicas_come_through(head: Endpoint, door: Door, tm
     api.put([clerk.app(made, seconds=0.1, slots=1)], head.serve_port)
     assert "the first one" in log_of(door, "clerk", "source", 50)
     assert "the second one" in log_of(door, "clerk", None, 50), "the newest"
+    trained = {"name": "clerk", "stages": {"train": {"state": "committed"}}}
+    assert curve_of(door, trained) == [{"step": 3, "loss": 2.5}]
+    assert curve_of(door, {"name": "clerk", "stages": {}}) == [], "nobody has looked at it yet"
+    with pytest.raises(UsageInvalid, match="leave --plot out"):
+        curve_of(door, {"name": "clerk", "stages": {"source": {"state": "committed"}}})
     until(lambda: all(app.state == "RUNNING" for app in api.get().values()), "it does not come up")
-    told = log_of(door, "clerk", "serve", 50)
-    assert f"replica_clerk-{REVISION.digest[:8]}-local" in told
+    assert f"replica_clerk-{REVISION.digest[:8]}-local" in log_of(door, "clerk", "serve", 50)
     with pytest.raises(UsageInvalid, match="has a log of any stage of other"):
         log_of(door, "other", None, 50)
     with pytest.raises(UsageInvalid, match="has a log of evaluate"):

@@ -19,11 +19,21 @@ import pytest
 from tiny_llama import write_tiny_llama
 
 from fastserve.artifacts import attempts, sources
+from fastserve.artifacts.describe import describe
 from fastserve.artifacts.record import Record
 from fastserve.artifacts.store import Store
 from fastserve.artifacts.stores import open_store
+from fastserve.artifacts.tokenizer import load_tokenizer
+from fastserve.data.samples import samples
 from fastserve.plan.stages import Stage, StageRequest
+from fastserve.plan.training import training_facts
 from fastserve.spec.source import Source
+from fastserve.spec.train import Train
+from fastserve.stages.train.corpus import Corpus
+from fastserve.stages.train.group import Group
+from fastserve.stages.train.state import tokenizer_digest
+from fastserve.stages.train.task import Task
+from fastserve.stages.train.worker import train as train_here
 
 PLATFORM = Path(__file__).resolve().parents[3] / "platform"
 SOURCE_KEY = "b" * 64
@@ -51,8 +61,11 @@ class Cluster:
 
 
 @contextmanager
-def ray_cluster(script: str) -> Iterator[Cluster]:
-    """The cluster that `script` starts: it gets a folder, and prints the address first."""
+def ray_cluster(script: str, **more: str) -> Iterator[Cluster]:
+    """The cluster that `script` starts: it gets a folder, and prints the address first.
+
+    more: variables of the cluster and of the stages on it.
+    """
     environment = {
         **os.environ,
         "PYTHONPATH": str(PLATFORM),
@@ -60,6 +73,7 @@ def ray_cluster(script: str) -> Iterator[Cluster]:
         "RAY_memory_monitor_refresh_ms": "0",
         "RAY_raylet_start_wait_time_s": "120",
         "RAY_USAGE_STATS_ENABLED": "0",
+        **more,
     }
     environment.pop("RAY_ADDRESS", None)
     # Ray's sockets lie below its temporary folder, and their paths may be 107 bytes long.
@@ -184,6 +198,33 @@ class Starter:
             if process.poll() is None:
                 process.kill()
             process.wait()
+
+
+def alone(
+    store: Store, request: StageRequest, section: Mapping[str, Any], rows: Path, folder: Path, most: int
+) -> list[Mapping[str, Any]]:
+    """Rows of the curve of the first `most` steps of an attempt, in this process, where nobody disturbs it.
+
+    section: of the manifest, without its data set. folder: an empty one, for a store that nobody else has.
+    """
+    import torch
+
+    source = attempts.find(store, Stage.SOURCE, SOURCE_KEY)
+    assert source is not None
+    model = attempts.fetch(store, source) / "model"
+    files = load_tokenizer(model)
+    train = Train.model_validate({"dataset": "rows.jsonl", **section})
+    found = samples([rows], files.tokenizer(), files.chat_template, train.max_length, special=files.special)
+    corpus = Corpus.of(found.samples)
+    own = open_store(str(folder))
+    attempts.claim(own, request)
+    facts = training_facts(describe(model), train)
+    assert train.steps is not None
+    task = Task(own.uri, request, train, train.steps, 1, tokenizer_digest(model), int(max(corpus.lengths)), facts)
+    told: list[Mapping[str, Any]] = []
+    torch.set_num_threads(1)  # several would wait for each other at every product, and for long beside other work
+    train_here(own, task, corpus, model, Group(), told.append, paused=lambda: len(told) >= most - 1)
+    return told
 
 
 def curve(store: Store, record: Record) -> list[dict[str, Any]]:

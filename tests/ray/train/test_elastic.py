@@ -48,7 +48,8 @@ cluster.shutdown()
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with ray_cluster(NODES) as found:
+    # All machines that there are can be had at once, so nobody needs to wait for a lost one to come back.
+    with ray_cluster(NODES, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="6") as found:
         for name, profile in (("one", "small"), ("two", "large"), ("three", "large")):
             found.say(f"add {name} {profile}")
         yield found

@@ -6,29 +6,17 @@ The replica is an actor that wants a whole machine of a profile, as Serve's are;
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from stage_runs import SOURCE_KEY, Cluster, Run, Starter, curve, ray_cluster, store_with_a_model
+from stage_runs import Cluster, Run, Starter, alone, curve, ray_cluster, store_with_a_model
 from tiny_llama import write_rows
 
 from fastserve.artifacts import attempts
-from fastserve.artifacts.describe import describe
 from fastserve.artifacts.store import Store
-from fastserve.artifacts.stores import open_store
-from fastserve.artifacts.tokenizer import load_tokenizer
-from fastserve.data.samples import samples
 from fastserve.plan.sharing import SHORT_SECONDS, Need, TrainingRun, Wish, share
 from fastserve.plan.stages import Stage
-from fastserve.plan.training import training_facts
-from fastserve.spec.train import Train
-from fastserve.stages.train.corpus import Corpus
-from fastserve.stages.train.group import Group
-from fastserve.stages.train.state import tokenizer_digest
-from fastserve.stages.train.task import Task
-from fastserve.stages.train.worker import train as train_alone
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -107,26 +95,6 @@ def run(cluster: Cluster, store: Store, tmp_path: Path) -> Iterator[Run]:
     starter.end()
 
 
-def calm_curve(run: Run, store: Store, folder: Path, steps: int) -> list[Mapping[str, Any]]:
-    """The first steps of the same run, in this process alone, where nobody disturbs it."""
-    source = attempts.find(store, Stage.SOURCE, SOURCE_KEY)
-    assert source is not None
-    model = attempts.fetch(store, source) / "model"
-    files = load_tokenizer(model)
-    found = samples([folder / "rows.jsonl"], files.tokenizer(), files.chat_template, 256, special=files.special)
-    corpus = Corpus.of(found.samples)
-    train = Train.model_validate({"dataset": "rows.jsonl", **SECTION})
-    (folder / "calm").mkdir()
-    calm = open_store(str(folder / "calm"))
-    attempts.claim(calm, run.request)
-    facts = training_facts(describe(model), train)
-    longest = int(max(corpus.lengths))
-    task = Task(calm.uri, run.request, train, STEPS, 1, tokenizer_digest(model), longest, facts)
-    rows: list[Mapping[str, Any]] = []
-    train_alone(calm, task, corpus, model, Group(), rows.append, paused=lambda: len(rows) >= steps - 1)
-    return rows
-
-
 def test_a_run_lends_a_machine_and_takes_it_back_and_nothing_is_done_twice(
     cluster: Cluster, store: Store, run: Run, tmp_path: Path
 ) -> None:
@@ -159,7 +127,9 @@ def test_a_run_lends_a_machine_and_takes_it_back_and_nothing_is_done_twice(
     epochs = [sum(tokens[begin : begin + EPOCH_STEPS]) for begin in range(0, STEPS, EPOCH_STEPS)]
     assert len(set(epochs)) == 1
     assert epochs[0] > (EPOCH_STEPS - 1) * BATCH_TOKENS
-    calm = calm_curve(run, store, tmp_path, min(STEPS, grown_at + 20))
+    (tmp_path / "calm").mkdir()
+    most = min(STEPS, grown_at + 20)
+    calm = alone(store, run.request, SECTION, tmp_path / "rows.jsonl", tmp_path / "calm", most)
     both = list(zip(rows, calm, strict=False))
     assert len(both) > grown_at
     assert [row["tokens"] for row, _ in both] == [row["tokens"] for _, row in both]

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from stage_runs import Cluster, Run, Starter, curve, ray_cluster, store_with_a_model
+from stage_runs import SOURCE_KEY, Cluster, Run, Starter, alone, curve, ray_cluster, store_with_a_model
 from tiny_llama import write_rows
 
 from fastserve.artifacts.checkpoints import newest_checkpoint
 from fastserve.artifacts.store import Store
-from fastserve.plan.stages import Stage
+from fastserve.plan.stages import Stage, StageRequest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -51,26 +51,37 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
 
 
+def section(workers: int) -> dict[str, Any]:
+    """Of the manifest, without its data set."""
+    return {
+        "precision": "fp32",
+        "steps": STEPS,
+        "batchTokens": 600,
+        "maxLength": 256,
+        "learningRate": 1e-3,
+        "lora": {"rank": 4},
+        "workers": [{"profile": "local", "count": workers}],
+        "checkpoint": {"everySteps": EVERY_STEPS},
+    }
+
+
 @pytest.fixture
 def start(cluster: Cluster, store: Store, rows: Path, tmp_path: Path) -> Iterator[Start]:
-    """`start("c", attempt=1, workers=2)`: one attempt of the stage."""
+    """`start("c", attempt=1)`: one attempt of the stage."""
     starter = Starter(cluster, store, tmp_path)
 
-    def begin(key: str, attempt: int = 1, workers: int = 2) -> Run:
-        section = {
-            "precision": "fp32",
-            "steps": STEPS,
-            "batchTokens": 600,
-            "maxLength": 256,
-            "learningRate": 1e-3,
-            "lora": {"rank": 4},
-            "workers": [{"profile": "local", "count": workers}],
-            "checkpoint": {"everySteps": EVERY_STEPS},
-        }
-        return starter.start(key, rows, section, attempt)
+    def begin(key: str, attempt: int = 1) -> Run:
+        return starter.start(key, rows, section(2), attempt)
 
     yield begin
     starter.end()
+
+
+@pytest.fixture(scope="module")
+def calm_curve(store: Store, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Mapping[str, Any]]:
+    """The losses of one process that nobody disturbs."""
+    request = StageRequest("tiny", Stage.TRAIN, "d" * 64, 1, {}, {"model": SOURCE_KEY}, {"model": Stage.SOURCE})
+    return alone(store, request, section(1), rows, tmp_path_factory.mktemp("alone"), STEPS + 1)
 
 
 def workers(cluster: Cluster) -> list[psutil.Process]:
@@ -85,19 +96,7 @@ def workers(cluster: Cluster) -> list[psutil.Process]:
     return found
 
 
-@pytest.fixture(scope="module")
-def calm_curve() -> list[list[dict[str, Any]]]:
-    """The curve of the undisturbed run, once it has run."""
-    return []
-
-
-def undisturbed(start: Start, store: Store, calm: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    if not calm:
-        calm.append(curve(store, start("c").record()))
-    return calm[0]
-
-
-def same_losses(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
+def same_losses(one: Sequence[Mapping[str, Any]], two: Sequence[Mapping[str, Any]]) -> None:
     assert [row["step"] for row in one] == list(range(1, STEPS + 1))
     assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
     assert [row["trainedTokens"] for row in one] == [row["trainedTokens"] for row in two]
@@ -107,15 +106,16 @@ def same_losses(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
     assert one[-1]["loss"] == pytest.approx(two[-1]["loss"], abs=1e-3)
 
 
-def test_two_workers_have_the_losses_of_one(start: Start, store: Store, calm_curve: list[list[dict[str, Any]]]) -> None:
-    two = undisturbed(start, store, calm_curve)
-    one = curve(store, start("d", workers=1).record())
-    same_losses(two, one)
+def test_two_workers_have_the_losses_of_one(start: Start, store: Store, request: pytest.FixtureRequest) -> None:
+    run = start("c")
+    calm = request.getfixturevalue("calm_curve")  # while the workers start
+    two = curve(store, run.record())
+    same_losses(two, calm)
     assert two[-1]["loss"] < two[0]["loss"]
 
 
 def test_a_killed_worker_costs_nothing_but_time(
-    cluster: Cluster, start: Start, store: Store, calm_curve: list[list[dict[str, Any]]]
+    cluster: Cluster, start: Start, store: Store, calm_curve: list[Mapping[str, Any]]
 ) -> None:
     run = start("e")
     run.until(lambda: (newest_checkpoint(store, Stage.TRAIN, run.request.key) or 0) >= 2 * EVERY_STEPS)
@@ -127,11 +127,11 @@ def test_a_killed_worker_costs_nothing_but_time(
     assert sharing["restarts"] == 1
     assert sharing["lostSteps"] <= 2 * EVERY_STEPS  # a checkpoint that is on its way may be lost, too
     assert sharing["proof"]["gradientError"] <= 2e-6
-    same_losses(curve(store, record), undisturbed(start, store, calm_curve))
+    same_losses(curve(store, record), calm_curve)
 
 
 def test_a_killed_stage_goes_on_from_its_checkpoint_in_the_next_attempt(
-    cluster: Cluster, start: Start, store: Store, calm_curve: list[list[dict[str, Any]]]
+    cluster: Cluster, start: Start, store: Store, calm_curve: list[Mapping[str, Any]]
 ) -> None:
     run = start("f")
     run.until(lambda: (newest_checkpoint(store, Stage.TRAIN, run.request.key) or 0) >= 2 * EVERY_STEPS)
@@ -143,7 +143,7 @@ def test_a_killed_stage_goes_on_from_its_checkpoint_in_the_next_attempt(
     again.until(lambda: again.done() >= left)
     record = again.record()
     assert record.attempt == 2
-    same_losses(curve(store, record), undisturbed(start, store, calm_curve))
+    same_losses(curve(store, record), calm_curve)
     deadline = time.monotonic() + 300
     while workers(cluster) and time.monotonic() < deadline:
         time.sleep(0.2)
