@@ -17,6 +17,8 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 SPREAD := -n $(WORKERS) --dist worksteal
 # Files stay whole here: a file's tests share a Ray head. Each process has an API server of its own; somebody's cluster is one.
 SPREAD_FILES := -n $(if $(FASTSERVE_TEST_KUBECONFIG),0,$(WORKERS)) --dist loadfile --no-loadscope-reorder
+# What takes longest is told where a tier takes minutes.
+SLOWEST := --durations=12
 
 .PHONY: help
 help: ## List what can be made
@@ -64,17 +66,17 @@ test: $(VENV)/.dev ## All tiers; those for which Go or root is missing say so an
 	@$(BIN)/python -m pytest -q $(SPREAD) -m "not (ray or kube or cluster or e2e)" tests/unit tests/house
 	@$(BIN)/python tests/kube/kubernetes_binaries.py node
 	@$(BIN)/python -m pytest -q $(SPREAD_FILES) -m kube tests/kube
-	@$(BIN)/python -m pytest -q -m ray tests/ray
-	@$(BIN)/python -m pytest -q -m cluster tests/cluster
-	@$(BIN)/python -m pytest -q -m e2e tests/e2e
+	@$(BIN)/python -m pytest -q $(SLOWEST) -m ray tests/ray
+	@$(BIN)/python -m pytest -q $(SLOWEST) -m cluster tests/cluster
+	@$(BIN)/python -m pytest -q $(SLOWEST) -m e2e tests/e2e
 
 .PHONY: test-unit test-ray test-e2e test-s3 test-kube test-cluster
 test-unit: $(VENV)/.dev ## Unit tests: no Ray, no network
 	@$(BIN)/python -m pytest -q $(SPREAD) tests/unit
 test-ray: $(VENV)/.dev ## Tests on a real local Ray
-	@$(BIN)/python -m pytest -q -m ray tests/ray
+	@$(BIN)/python -m pytest -q $(SLOWEST) -m ray tests/ray
 test-e2e: $(VENV)/.dev ## Whole manifests with the real engine
-	@$(BIN)/python -m pytest -q -m e2e tests/e2e
+	@$(BIN)/python -m pytest -q $(SLOWEST) -m e2e tests/e2e
 test-s3: $(VENV)/.dev ## The artifact store on a real S3-compatible server
 	@$(BIN)/python -m pytest -q -m s3 tests/unit/artifacts
 test-kube: $(VENV)/.dev ## On a real Kubernetes API server (built once with Go: about 7 minutes)
@@ -82,7 +84,7 @@ test-kube: $(VENV)/.dev ## On a real Kubernetes API server (built once with Go: 
 	@$(BIN)/python -m pytest -q $(SPREAD_FILES) -m kube tests/kube
 test-cluster: $(VENV)/.dev ## On a whole Kubernetes node with pods (root; more is built once, 3 minutes)
 	@$(BIN)/python tests/kube/kubernetes_binaries.py node
-	@$(BIN)/python -m pytest -q -m cluster tests/cluster
+	@$(BIN)/python -m pytest -q $(SLOWEST) -m cluster tests/cluster
 
 .PHONY: bench
 bench: $(VENV)/.dev ## Figures, one tab-separated line each: make bench ONLY=main|gateway|serving|training|kubernetes
