@@ -161,7 +161,7 @@ def _role(labels: Mapping[str, str]) -> str:
 def _networks(cluster: WholeCluster) -> Iterator[tuple[str, Path]]:
     """Address and handle of each pod's network; the folder of handles is the node's own."""
     for node in cluster.nodes.values():
-        for handle in Path(f"/proc/{node.pid}/root/run/netns").iterdir():
+        for handle in Path("/proc", str(node.pid), "root", "run", "netns").iterdir():
             with contextlib.suppress(OSError):  # of a pod that begins or ends just now
                 yield call_in(handle, _own_address), handle
 

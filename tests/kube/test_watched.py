@@ -5,21 +5,21 @@ from __future__ import annotations
 
 import json
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from control_plane import Cluster, ControlPlane
+from followed import followed
 from kubernetes import client, config
 
 from fastserve.cluster.kube import api as kube_api
 from fastserve.cluster.kube.api import CONFIG_MAPS, MANAGED_BY, MANAGER, KubeApi, Resource
 from fastserve.cluster.kube.home import STATES
-from fastserve.cluster.kube.watched import Watched, WatchedApi
+from fastserve.cluster.kube.watched import WatchedApi
 from fastserve.errors import ClusterFailed, StateChanged
 
 pytestmark = pytest.mark.kube
@@ -38,25 +38,6 @@ class Counted(WatchedApi):
     ) -> Iterator[tuple[Sequence[dict[str, Any]], str]]:
         Counted.pages_asked += 1
         return super().pages(resource, namespace, labels, fields)
-
-
-@contextmanager
-def followed(watched: Watched) -> Iterator[None]:
-    over = threading.Event()
-
-    def follow() -> None:
-        while not over.is_set():
-            with suppress(ClusterFailed):
-                watched.follow(patience_seconds=0.2)
-            over.wait(0.1)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join(120)  # the server ends its watch
 
 
 def until(true: Callable[[], object], what: str) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from followed import followed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kube_objects import KubeObjects, served
@@ -319,29 +319,6 @@ def test_a_status_that_we_wrote_is_read_and_a_dry_run_is_not() -> None:
 
 
 # -- over the wire -----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def followed(watched: Watched, end_watches: Callable[[], None]) -> Iterator[None]:
-    """Watched by a thread of its own, which ends with the block."""
-    over = threading.Event()
-
-    def follow() -> None:
-        while not over.is_set():
-            with suppress(ClusterFailed):
-                watched.follow(patience_seconds=0.05)
-            over.wait(0.02)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        end = time.monotonic() + 60
-        while thread.is_alive() and time.monotonic() < end:
-            end_watches()
-            thread.join(0.05)
 
 
 def until(true: Callable[[], object], what: str) -> None:
